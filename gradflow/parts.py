@@ -1,0 +1,210 @@
+"""Part files of a table: their names, their columns, and how they are read without trusting what is there.
+
+A part is `<table>/rank-<r>-<n>.parquet`. Numbers rise with time within a rank, and where two parts of a rank hold rows
+of the same step, the higher number wins: so a step recorded again after a resume replaces the first record, and a part
+that was merged from older ones stands beside them without counting anything twice.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gradflow.errors import UsageError
+from gradflow.schema import TABLES, Column
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from gradflow.storage import Storage
+
+MAX_ROWS = 50_000_000
+"""Rows of one table that are read at most: a crafted part of a few kilobytes may promise billions."""
+
+ATTEMPTS = 10
+"""Listings tried while a run that is still being written merges its parts under the reader."""
+
+_TYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
+_NAME = re.compile(r"rank-(0|[1-9]\d{0,8})-(0|[1-9]\d{0,8})\.parquet", re.ASCII)
+
+
+class ForeignPartError(ValueError):
+    """A file among the parts that does not hold rows of this table; it never leaves the reader."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Part:
+    """A part of a table; parts sort by rank, then by time."""
+
+    rank: int
+    number: int
+
+    def path(self, table: str) -> str:
+        """Return the part's file name below the run."""
+        return f"{table}/rank-{self.rank}-{self.number}.parquet"
+
+
+def columns(table: str) -> tuple[Column, ...]:
+    """Return the raw columns of a table; a table that does not exist is a `UsageError` that lists those that do."""
+    if table not in TABLES:
+        raise UsageError(f"expected one of the tables {', '.join(TABLES)}, got {table!r}")
+    return TABLES[table]
+
+
+def arrow_schema(table: str) -> pa.Schema:
+    """Return the Arrow schema of a table's raw columns."""
+    return pa.schema([(column.name, _TYPES[column.type]) for column in columns(table)])
+
+
+def keys(table: str) -> list[str]:
+    """Return the columns that name the thing a row is about, `step` left out."""
+    return [column.name for column in columns(table) if column.merge == "key" and column.name != "step"]
+
+
+def list_parts(storage: Storage, table: str) -> tuple[list[Part], list[str]]:
+    """Return the parts of a table by rank and time, and the names of other files (temporary ones left out)."""
+    parts, others = [], []
+    for name in storage.names(table):
+        match = _NAME.fullmatch(name)
+        if match:
+            parts.append(Part(int(match[1]), int(match[2])))
+        elif not name.startswith("."):
+            others.append(name)
+    return sorted(parts), others
+
+
+def conform(table: str, rows: pa.Table, *, rank: int = 0) -> tuple[pa.Table, list[str]]:
+    """Return `rows` with exactly the raw columns of a table in their types, and the names of those that were missing.
+
+    A missing column is filled with null, a missing `rank` with `rank`. Strings come back dictionary-encoded.
+
+    Raises:
+        ForeignPartError: A column is unknown, has another type, or a key is missing or null.
+    """
+    wanted = columns(table)
+    known = {column.name for column in wanted}
+    foreign = [name for name in rows.column_names if name not in known]
+    if foreign or len(set(rows.column_names)) < rows.num_columns:
+        raise ForeignPartError(f"expected the columns of the table {table}, got also {', '.join(map(repr, foreign))}")
+    arrays, missing = [], []
+    for column in wanted:
+        if column.name in rows.column_names:
+            arrays.append(_typed(column, rows[column.name]))
+        elif column.name == "rank":
+            arrays.append(pa.chunked_array([pa.array(np.full(rows.num_rows, rank))]))
+        elif column.merge == "key":
+            raise ForeignPartError(f"expected a column {column.name!r}, got none")
+        else:
+            missing.append(column.name)
+            arrays.append(_typed(column, pa.chunked_array([pa.nulls(rows.num_rows)])))
+    return pa.table(arrays, names=[column.name for column in wanted]), missing
+
+
+def _typed(column: Column, values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Cast within a kind (float32 to float64, any integer to int64, dictionary to dictionary); refuse anything else."""
+    found = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    fits = {
+        "float64": pa.types.is_floating(found) or pa.types.is_integer(found) or pa.types.is_null(found),
+        "int64": pa.types.is_integer(found) or pa.types.is_null(found),
+        "string": pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_null(found),
+    }[column.type]
+    if not fits:
+        raise ForeignPartError(f"expected {column.type} in column {column.name!r}, got {values.type}")
+    if column.merge == "key" and values.null_count:
+        raise ForeignPartError(f"expected a value in every row of column {column.name!r}, got null")
+    if column.type != "string":
+        return values.cast(_TYPES[column.type])
+    encoded = values if pa.types.is_dictionary(values.type) else values.cast(pa.string()).dictionary_encode()
+    return encoded.cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
+
+
+def read_part(storage: Storage, table: str, part: Part, *, room: int = MAX_ROWS) -> tuple[pa.Table, list[str]]:
+    """Return the rows of one part and the columns it lacks.
+
+    Raises:
+        FileNotFoundError: The part is gone (merged into another by the run that is being written).
+        OSError, pyarrow.ArrowException, ValueError: It is no regular file, no Parquet, or foreign.
+    """
+    data = pa.BufferReader(storage.read(part.path(table)))
+    strings = [column.name for column in columns(table) if column.type == "string"]
+    file = pq.ParquetFile(data, read_dictionary=strings)
+    if file.metadata.num_rows > room:
+        raise ForeignPartError(f"expected at most {MAX_ROWS} rows in a table, got {file.metadata.num_rows} more")
+    conform(table, file.schema_arrow.empty_table())  # foreign columns are refused before they are decoded
+    rows = file.read()
+    rows.validate(full=True)
+    return conform(table, rows, rank=part.rank)
+
+
+def read_table(storage: Storage, table: str) -> tuple[pa.Table, list[str]]:
+    """Return all rows of a table, each step of a rank once, and what was left out and why.
+
+    The rows come in order of rank and part. A listing that is overtaken by a merge of parts is tried again.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return _read_listing(storage, table, last=attempt == ATTEMPTS - 1)
+        except FileNotFoundError:
+            continue
+    raise AssertionError("the last attempt names missing parts instead of raising")
+
+
+def _read_listing(storage: Storage, table: str, *, last: bool) -> tuple[pa.Table, list[str]]:
+    try:
+        parts, others = list_parts(storage, table)
+    except OSError as error:
+        parts, others = [], []
+        problems = [f"{table}: left out: {error}"]
+    else:
+        problems = [f"{table}/{name!r} left out: not the name of a part" for name in others]
+    tables: list[tuple[Part, pa.Table]] = []
+    lacking: dict[str, int] = {}
+    room = MAX_ROWS
+    for part in parts:
+        try:
+            rows, missing = read_part(storage, table, part, room=room)
+        except (OSError, pa.ArrowException, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and not last:
+                raise
+            problems.append(f"{part.path(table)} left out: {str(error) or type(error).__name__!r:.300}")
+            continue
+        tables.append((part, rows))
+        room -= rows.num_rows
+        for name in missing:
+            lacking[name] = lacking.get(name, 0) + 1
+    problems += [
+        f"{table}: column {name} is missing in {n} of {len(tables)} parts, read as null" for name, n in lacking.items()
+    ]
+    empty = conform(table, arrow_schema(table).empty_table())[0]
+    return pa.concat_tables([empty, *latest(tables)]).unify_dictionaries(), problems
+
+
+def latest(parts: Iterable[tuple[Part, pa.Table]]) -> Iterator[pa.Table]:
+    """Yield the rows of each part, without the steps that a later part of the same rank holds."""
+    parts = list(parts)
+    wanted = steps_to_keep([(part, np.unique(rows["step"].to_numpy())) for part, rows in parts])
+    for (_, rows), (steps, some_are_left_out) in zip(parts, wanted, strict=True):
+        yield rows.filter(pc.is_in(rows["step"], value_set=pa.array(steps))) if some_are_left_out else rows
+
+
+def steps_to_keep(parts: list[tuple[Part, np.ndarray]]) -> list[tuple[np.ndarray, bool]]:
+    """For each part with its distinct steps: the steps that no later part of its rank holds, and whether some fell out.
+
+    `parts` are sorted. The steps of a run number thousands where its rows number millions: this stays cheap.
+    """
+    kept: list[tuple[np.ndarray, bool]] = []
+    seen = np.empty(0, dtype=np.int64)
+    rank = -1
+    for part, steps in reversed(parts):
+        if part.rank != rank:
+            seen, rank = np.empty(0, dtype=np.int64), part.rank
+        new = steps[~np.isin(steps, seen)]
+        kept.append((new, len(new) < len(steps)))
+        seen = np.concatenate([seen, new])
+    return kept[::-1]
