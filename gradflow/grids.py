@@ -1,0 +1,219 @@
+"""Columns of a run turned into arrays of step by name, and thinned to what a picture can show. No torch, no matplotlib.
+
+A table of a run has a row a step and thing; a picture needs a matrix. `View` makes these matrices and keeps what is
+costly (a table, the position of each row) from one picture to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+KEYS = {
+    "branches": ("branch",),
+    "layers": ("layer",),
+    "parameters": ("parameter",),
+    "attention": ("layer",),
+    "streams": ("stream", "point"),
+}
+
+
+class Tables(Protocol):
+    """What a picture needs of a run; `gradflow.Run` is one."""
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Content of `run.json`."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Sampled steps, sorted."""
+
+    def table(self, name: str, /) -> pa.Table:
+        """Raw and derived columns of one table, sorted by step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A column as a matrix.
+
+    Attributes:
+        steps: Sampled steps, sorted, shape (step,).
+        names: Key of each thing: one string, or a pair (stream, point), in the order of the model.
+        values: Shape (step, name); NaN where nothing was recorded and where it is not finite.
+        broken: Shape (step, name); True where a value was recorded that is NaN or infinite.
+    """
+
+    steps: Ints
+    names: tuple[tuple[str, ...], ...]
+    values: Floats
+    broken: NDArray[np.bool_]
+
+    @property
+    def labels(self) -> list[str]:
+        """The last part of each key: the branch, the layer, the point."""
+        return [name[-1] for name in self.names]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not (np.isfinite(self.values).any() or self.broken.any())
+
+    def row(self, step: int) -> Floats:
+        """Values at one sampled step, shape (name,)."""
+        row: Floats = self.values[int(np.searchsorted(self.steps, step))]
+        return row
+
+    def select(self, keep: Sequence[int] | Ints) -> Grid:
+        """The same with some of the names only, in the given order."""
+        index = np.asarray(keep, dtype=np.int64)
+        return Grid(self.steps, tuple(self.names[i] for i in index), self.values[:, index], self.broken[:, index])
+
+    def named(self, **key: str) -> Grid:
+        """The names whose first part is `first`, such as the points of one stream."""
+        return self.select([i for i, name in enumerate(self.names) if name[0] == key["first"]])
+
+    def recorded_steps(self) -> list[int]:
+        """Steps at which anything was recorded."""
+        seen = (np.isfinite(self.values) | self.broken).any(axis=1)
+        return [int(step) for step in self.steps[seen]]
+
+    def thinned(self, steps: int, names: int) -> tuple[Floats, NDArray[np.bool_]]:
+        """Means over runs of neighbouring steps and names, so that at most (steps, names) cells are left."""
+        values, broken = self.values, self.broken
+        for axis, limit in ((0, steps), (1, names)):
+            values, broken = _mean_of_runs(values, limit, axis), _any_of_runs(broken, limit, axis)
+        return values, broken
+
+
+def run_starts(length: int, limit: int) -> Ints:
+    """First index of each of at most `limit` runs of nearly equal length that cover `length` items."""
+    count = max(1, min(length, limit))
+    return np.unique(np.linspace(0, length, count, endpoint=False).astype(np.int64))
+
+
+def _mean_of_runs(values: Floats, limit: int, axis: int) -> Floats:
+    if values.shape[axis] <= limit:
+        return values
+    starts = run_starts(values.shape[axis], limit)
+    known = np.isfinite(values)
+    count = np.add.reduceat(known.astype(np.float64), starts, axis=axis)
+    total = np.add.reduceat(np.where(known, values, 0.0), starts, axis=axis)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean: Floats = np.where(count > 0, total / count, np.nan)
+    return mean
+
+
+def _any_of_runs(flags: NDArray[np.bool_], limit: int, axis: int) -> NDArray[np.bool_]:
+    if flags.shape[axis] <= limit:
+        return flags
+    any_of: NDArray[np.bool_] = np.logical_or.reduceat(flags, run_starts(flags.shape[axis], limit), axis=axis)
+    return any_of
+
+
+class View:
+    """A run seen as grids. It is a `Tables` itself, so that pictures that share one read each table once."""
+
+    def __init__(self, run: Tables) -> None:
+        self.run = run
+        self.meta = run.meta
+        self.steps = run.steps
+        self._tables: dict[str, pa.Table] = {}
+        self._places: dict[str, tuple[Ints, Ints, tuple[tuple[str, ...], ...]]] = {}
+
+    @classmethod
+    def of(cls, run: Tables) -> View:
+        """The run's view: `run` itself where it is one."""
+        return run if isinstance(run, View) else cls(run)
+
+    def table(self, name: str, /) -> pa.Table:
+        """The run's table, read once."""
+        if name not in self._tables:
+            self._tables[name] = self.run.table(name)
+        return self._tables[name]
+
+    def has(self, table: str, column: str) -> bool:
+        """Whether the column holds anything."""
+        frame = self.table(table)
+        return bool(column in frame.column_names and frame[column].null_count < frame.num_rows)
+
+    def grid(self, table: str, column: str) -> Grid:
+        """The column as a matrix of step by name; empty where the table has no such column."""
+        rows, columns, names = self._place(table)
+        shape = (len(self.steps), len(names))
+        values, broken = np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_)
+        if self.has(table, column):
+            data = self.table(table)[column]
+            numbers = data.to_numpy().astype(np.float64)
+            finite = np.isfinite(numbers)
+            values[rows, columns] = np.where(finite, numbers, np.nan)
+            broken[rows, columns] = ~finite & ~data.is_null().to_numpy()
+        return Grid(np.asarray(self.steps, dtype=np.int64), names, values, broken)
+
+    def series(self, column: str) -> tuple[Ints, Floats]:
+        """A column of the `steps` table against the step, shapes (step,) both; NaN where it is null."""
+        frame = self.table("steps")
+        if column not in frame.column_names:
+            return np.empty(0, dtype=np.int64), np.empty(0)
+        return frame["step"].to_numpy().astype(np.int64), frame[column].to_numpy().astype(np.float64)
+
+    def _place(self, table: str) -> tuple[Ints, Ints, tuple[tuple[str, ...], ...]]:
+        if table not in self._places:
+            frame = self.table(table)
+            rows = np.searchsorted(np.asarray(self.steps, dtype=np.int64), frame["step"].to_numpy())
+            codes, names = _codes([frame[key] for key in KEYS[table]])
+            order = self._in_order(table, names)
+            place = np.empty(len(order), dtype=np.int64)
+            place[order] = np.arange(len(order))
+            self._places[table] = (rows, place[codes], tuple(names[i] for i in order))
+        return self._places[table]
+
+    def _in_order(self, table: str, names: tuple[tuple[str, ...], ...]) -> list[int]:
+        """The keys in the order of the model; what `run.json` does not list follows as it appeared."""
+        if table == "streams":
+            listed = [(s["name"], point) for s in self.meta.get("streams", []) for point in s.get("points", [])]
+        else:
+            listed = [(thing["name"],) for thing in self.meta.get("layers" if table == "attention" else table, [])]
+        rank = {key: i for i, key in enumerate(listed)}
+        return sorted(range(len(names)), key=lambda i: rank.get(names[i], len(rank)))
+
+
+def _codes(columns: list[pa.ChunkedArray]) -> tuple[Ints, tuple[tuple[str, ...], ...]]:
+    """A number for each row's key, counted in order of first appearance, and the keys."""
+    rows = len(columns[0])
+    code, width = np.zeros(rows, dtype=np.int64), 1
+    dictionaries: list[list[str]] = []
+    for column in columns:
+        encoded = pc.dictionary_encode(column).combine_chunks()
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
+        values = encoded.dictionary.to_pylist()
+        code = code * max(1, len(values)) + encoded.indices.to_numpy().astype(np.int64)
+        width *= max(1, len(values))
+        dictionaries.append(values)
+    if len(columns) == 1:  # a dictionary already counts in order of first appearance
+        return code, tuple((value,) for value in dictionaries[0])
+    seen, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rank[inverse], tuple(_decode(int(seen[i]), dictionaries) for i in order)
+
+
+def _decode(code: int, dictionaries: list[list[str]]) -> tuple[str, ...]:
+    parts = []
+    for values in reversed(dictionaries):
+        code, at = divmod(code, len(values))
+        parts.append(values[at])
+    return tuple(reversed(parts))

@@ -1,0 +1,105 @@
+"""Several runs in one picture: over steps, and over relative depth, so that models of any depth lie on one axis.
+
+`runs` maps the name that the legend shows to the run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradflow import plot_style as style
+from gradflow.grids import Tables, View
+from gradflow.plot_time import draw_series
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour and dashes of the run of that number: colours first, then the same colours with other dashes."""
+    turn, color = divmod(number, len(style.SERIES))
+    return {"color": style.SERIES[color], "linestyle": style.DASHES[(turn + color) % len(style.DASHES)]}
+
+
+def _over_steps(runs: Mapping[str, Tables], ax: Axes, column: str, *, unit: str, log: bool) -> Axes:
+    style.dress(ax, x="optimizer step", y=unit)
+    seen: list[Floats] = []
+    for number, (name, run) in enumerate(runs.items()):
+        steps, values = View.of(run).series(column)
+        if np.isfinite(values).any():
+            line = look(number)
+            draw_series(ax, steps, values, color=line["color"], dashes=line["linestyle"], name=style.label(name, 30))
+            seen.append(values)
+    if not seen:
+        return style.nothing(ax, f"No {unit} was recorded")
+    style.linear_axis(ax.xaxis, integer=True)
+    if log:
+        style.log_axis(ax.yaxis, np.concatenate(seen))
+    else:
+        style.linear_axis(ax.yaxis)
+    style.legend(ax)
+    return ax
+
+
+def _over_relative_depth(runs: Mapping[str, Tables], ax: Axes, table: str, column: str, *, unit: str, log: bool = True) -> Axes:
+    style.dress(ax, x="relative depth (0: input, 1: output), last sampled step", y=unit)
+    seen: list[Floats] = []
+    for number, (name, run) in enumerate(runs.items()):
+        grid = View.of(run).grid(table, column)
+        steps = [step for step in grid.recorded_steps() if np.isfinite(grid.row(step)).any()]
+        if steps:
+            row = grid.row(steps[-1])
+            x = np.linspace(0.0, 1.0, len(row)) if len(row) > 1 else np.array([0.5])
+            dot = {"marker": ".", "markersize": 4} if len(row) < 60 else {}
+            ax.plot(x, row, label=style.label(name, 30), linewidth=1.6, **look(number), **dot)
+            seen.append(row)
+    if not seen:
+        return style.nothing(ax, f"No {unit} was recorded")
+    if log:
+        ax.set_yscale("log")
+        style.log_axis(ax.yaxis, np.concatenate(seen))
+    else:
+        style.linear_axis(ax.yaxis)
+    style.linear_axis(ax.xaxis)
+    style.legend(ax)
+    return ax
+
+
+def plot_compare_loss(runs: Mapping[str, Tables], ax: Axes) -> Axes:
+    """Loss over steps. Read it: lower and earlier is better; a line that stays level has not learned."""
+    return _over_steps(runs, ax, "loss", unit="loss", log=False)
+
+
+def plot_compare_grad_norm(runs: Mapping[str, Tables], ax: Axes) -> Axes:
+    """Global gradient norm over steps. Read it: spikes and climbs come before trouble."""
+    return _over_steps(runs, ax, "grad_norm", unit="gradient norm (L2)", log=True)
+
+
+def plot_compare_signal(runs: Mapping[str, Tables], ax: Axes) -> Axes:
+    """RMS of the stream or trunk over relative depth. Read it: straight climbs are exponential growth."""
+    return _over_relative_depth(runs, ax, "streams", "out_rms", unit="RMS of the stream or trunk")
+
+
+def plot_compare_gradient(runs: Mapping[str, Tables], ax: Axes) -> Axes:
+    """RMS of the gradient over relative depth. Read it from the right: a fall to the left is a gradient that vanishes."""
+    return _over_relative_depth(runs, ax, "streams", "grad_rms", unit="RMS of the gradient ∂L/∂x")
+
+
+def plot_compare_tokens(runs: Mapping[str, Tables], ax: Axes) -> Axes:
+    """Token cosine over relative depth. Read it: at 1 all tokens are the same."""
+    _over_relative_depth(runs, ax, "streams", "token_cosine", unit="cosine between tokens", log=False)
+    if ax.axison:
+        ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.03)
+    return ax
+
+
+def plot_compare_ratio(runs: Mapping[str, Tables], ax: Axes) -> Axes:
+    """Branch over skip over relative depth. Read it: under 1e-3 a branch is silent, above 1 it outweighs the stream."""
+    return _over_relative_depth(runs, ax, "branches", "branch_ratio", unit="branch RMS / skip RMS")

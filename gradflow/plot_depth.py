@@ -1,0 +1,293 @@
+"""Pictures over depth: what the signal, the gradient and the tokens look like from the input to the output.
+
+Each takes an `Axes`, draws the first, the middle and the last sampled step into it and returns it. Branches are numbered
+in order of execution, as in the report's list of branches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gradflow import plot_style as style
+from gradflow import theory
+from gradflow.grids import Grid, Tables, View
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from gradflow.records import Finding
+
+    Floats = NDArray[np.float64]
+
+SEVERITY_COLOR = {"error": style.VERMILLION, "warning": style.THEME["amber"][0], "info": style.BLUE}
+MARKERS = ("o", "s", "^")
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Names that are drawn as one line: a stream, `x` holding their places on the depth axis."""
+
+    name: str
+    index: NDArray[np.int64]
+    x: Floats
+
+
+def stretches(view: View, grid: Grid, table: str) -> list[Stretch]:
+    """The streams of a grid, one behind the other: points are numbered from 0 in each, all else from 1 throughout."""
+    if table == "streams":
+        groups = [name[0] for name in grid.names]
+    elif table == "branches":
+        stream_of = {branch["name"]: branch.get("stream", "") for branch in view.meta.get("branches", [])}
+        groups = [stream_of.get(name[0], "") for name in grid.names]
+    else:
+        groups = [""] * len(grid.names)
+    gap = 1.0 if table == "streams" else 0.0
+    result, start, count = [], 0.0 if table == "streams" else 1.0, Counter(groups)
+    for group in dict.fromkeys(groups):
+        index = np.array([i for i, name in enumerate(groups) if name == group], dtype=np.int64)
+        result.append(Stretch(group, index, start + np.arange(count[group])))
+        start += count[group] - 1 + max(gap, 1.0)
+    return result
+
+
+def pick_stages(grid: Grid) -> list[int]:
+    """First, middle and last step at which the grid holds anything (fewer where there are fewer)."""
+    steps = grid.recorded_steps()
+    if len(steps) < 3:
+        return steps
+    middle = min(steps[1:-1], key=lambda step: abs(step - (steps[0] + steps[-1]) / 2))
+    return [steps[0], middle, steps[-1]]
+
+
+def stage_styles(count: int) -> Sequence[dict[str, Any]]:
+    """Line styles for so many stages; the last is always the strong one."""
+    return {1: style.STAGES[2:], 2: (style.STAGES[0], style.STAGES[2])}.get(count, style.STAGES)
+
+
+def roles_of(labels: Sequence[str]) -> list[str]:
+    """What each branch is in its block (`attn`, `mlp`), where two or three kinds alternate; else all the same."""
+    last = [label.rsplit(".", 1)[-1].rstrip("0123456789") for label in labels]
+    count = Counter(last)
+    if 2 <= len(count) <= 3 and min(count.values()) >= 3:
+        return last
+    return [""] * len(labels)
+
+
+def draw_stages(view: View, ax: Axes, table: str, column: str, *, split: bool = False) -> Grid:
+    """The column over depth as one line a stage (and role), and marks where a value is zero or not finite."""
+    grid = view.grid(table, column)
+    parts, stages = stretches(view, grid, table), pick_stages(grid)
+    roles = np.array(roles_of(grid.labels) if split else [""] * len(grid.names))
+    for step, look in zip(stages, stage_styles(len(stages)), strict=False):
+        values, last, text = grid.row(step), step == stages[-1], f"step {step:,}"
+        for part in parts:
+            for kind, role in enumerate(dict.fromkeys(roles)):
+                keep = roles[part.index] == role
+                x, y = part.x[keep], values[part.index][keep]
+                marked = {"marker": MARKERS[kind], "markevery": max(1, len(x) // 10), "markersize": 4} if role and last else {}
+                dot = {"marker": ".", "markersize": 4} if len(x) < 3 and not marked else {}
+                ax.plot(x, y, label=text, **{**look, **marked, **dot})
+                text = "_"
+    _role_legend(ax, [role for role in dict.fromkeys(roles) if role])
+    _breaks(ax, parts)
+    if stages:
+        _edge_marks(ax, grid, parts, stages[-1])
+    return grid
+
+
+def _role_legend(ax: Axes, roles: list[str]) -> None:
+    for kind, role in enumerate(roles):
+        ax.plot([], [], linestyle="none", marker=MARKERS[kind], markersize=4, color=style.STAGES[2]["color"], label=style.label(role, 16))
+
+
+def _breaks(ax: Axes, parts: list[Stretch]) -> None:
+    """A rule between streams, and their names where there is room."""
+    for before, part in zip(parts, parts[1:], strict=False):
+        ax.axvline((before.x[-1] + part.x[0]) / 2, color=style.RULE, linewidth=0.9, zorder=0)
+    if 1 < len(parts) <= 6:
+        width = 46 // len(parts)
+        for part in parts:
+            ax.text(
+                float(part.x.mean()), 1.0, style.label(part.name, width), transform=ax.get_xaxis_transform(),
+                ha="center", va="bottom", fontsize=7.5, color=style.MUTED, clip_on=False,
+            )  # fmt: skip
+
+
+def _edge_marks(ax: Axes, grid: Grid, parts: list[Stretch], step: int) -> None:
+    index = np.concatenate([part.index for part in parts])
+    x = np.concatenate([part.x for part in parts])
+    values, broken = grid.row(step)[index], grid.broken[int(np.searchsorted(grid.steps, step))][index]
+    style.marks(ax, x, broken, at=0.98, marker="X", color=style.BROKEN, text=f"not finite at step {step:,}")
+    if ax.get_yscale() == "log":
+        style.marks(ax, x, values == 0, at=0.02, marker="v", color=style.VERMILLION, text=f"exactly 0 at step {step:,}")
+
+
+def mark_findings(view: View, ax: Axes, grid: Grid, table: str, findings: Iterable[Finding]) -> None:
+    """Triangles on the depth axis under what a finding names."""
+    join_of = {branch["name"]: branch.get("join", "") for branch in view.meta.get("branches", [])}
+    for severity in ("error", "warning"):
+        named = {name for finding in findings if finding.severity == severity for name in finding.where}
+        named |= {join_of[name] for name in named & join_of.keys()}
+        flags = np.array([label in named for label in grid.labels], dtype=np.bool_)
+        x = np.zeros(len(flags))
+        for part in stretches(view, grid, table):
+            x[part.index] = part.x
+        style.marks(ax, x, flags, at=-0.012, marker="^", color=SEVERITY_COLOR[severity], text=f"named by a finding ({severity})")
+
+
+def over_depth(
+    run: Tables, ax: Axes, table: str, column: str, *, unit: str, scale: Literal["log", "linear"] = "log",
+    split: bool = False, findings: Iterable[Finding] = (),
+) -> tuple[View, Grid]:  # fmt: skip
+    """Dress the axes and draw the column over depth; the figure's own additions follow, then `finish`."""
+    view = View.of(run)
+    style.dress(ax, x=_depth_axis(view, table), y=unit)
+    ax.set_yscale(scale)
+    grid = draw_stages(view, ax, table, column, split=split)
+    mark_findings(view, ax, grid, table, findings)
+    return view, grid
+
+
+def _depth_axis(view: View, table: str) -> str:
+    if table == "branches":
+        return "branch, in order of execution"
+    if table == "streams":
+        trunk = any(stream.get("kind") == "trunk" for stream in view.meta.get("streams", []))
+        return "position along the trunk" if trunk else "joins passed (0: start of the stream)"
+    return {"attention": "attention call", "parameters": "parameter"}.get(table, "layer") + ", in order of execution"
+
+
+def finish(ax: Axes, grid: Grid, *, least_span: float = 4.0, also: Sequence[float] | Floats = ()) -> Axes:
+    """Scale the axes to the drawn steps and `also`, and add the legend."""
+    rows = [grid.row(step) for step in pick_stages(grid)]
+    values = np.concatenate([*rows, np.asarray(also, dtype=np.float64)]) if rows else np.asarray(also, dtype=np.float64)
+    if ax.get_yscale() == "log":
+        style.log_axis(ax.yaxis, values, least_span=least_span)
+    else:
+        style.linear_axis(ax.yaxis)
+    style.linear_axis(ax.xaxis, integer=True, most=8)
+    style.legend(ax)
+    return ax
+
+
+def _placement(view: View, stream: str) -> str:
+    found = Counter(b.get("placement", "none") for b in view.meta.get("branches", []) if b.get("stream", "") == stream)
+    return found.most_common(1)[0][0] if found else "none"
+
+
+def _theory(ax: Axes, x: Floats, y: Floats, text: str) -> None:
+    ax.plot(x, y, color=style.THEORY, linestyle=(0, (5, 2, 1, 2)), linewidth=1.3, label=text, zorder=1.5)
+
+
+def plot_signal_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """RMS of the stream (or trunk) at each of its points.
+
+    Read it: a pre-norm stream grows slowly, like √depth; a straight climb on this logarithmic axis is exponential growth,
+    a fall means that the signal dies.
+    """
+    _, grid = over_depth(run, ax, "streams", "out_rms", unit="RMS of the stream", findings=findings)
+    return finish(ax, grid)
+
+
+def plot_branch_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """RMS of what each branch adds. Read it: even sizes are healthy; a branch near 0 adds nothing."""
+    _, grid = over_depth(run, ax, "branches", "branch_rms", unit="RMS of the branch", split=True, findings=findings)
+    return finish(ax, grid)
+
+
+def plot_ratio_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Branch over skip, with 1/√l, its value in a pre-norm stack of equal branches at initialisation.
+
+    Read it: under 1e-3 the branch is silent, above 1 it outweighs the stream.
+    """
+    view, grid = over_depth(run, ax, "branches", "branch_ratio", unit="branch RMS / skip RMS", split=True, findings=findings)
+    drawn: list[float] = []
+    for part in stretches(view, grid, "branches"):
+        if _placement(view, part.name) == "pre-norm":
+            depth = np.arange(1.0, len(part.x) + 1)
+            curve = np.sqrt(theory.prenorm_branch_share(depth))
+            _theory(ax, part.x, np.asarray(curve), "_" if drawn else "theory at init: 1/√l")
+            drawn += [float(value) for value in np.asarray(curve)]
+    return finish(ax, grid, also=drawn)
+
+
+def plot_gradient_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """RMS of the loss's gradient at each point of the stream (or trunk).
+
+    Read it from the right, where it starts: a fall towards the left is a vanishing gradient, a climb an exploding one. The
+    dashed curve is theory at initialisation, tied to the first step's last point: √((L+1)/(l+1)) for pre-norm, flat for
+    post-norm.
+    """
+    view, grid = over_depth(run, ax, "streams", "grad_rms", unit="RMS of the gradient ∂L/∂x", findings=findings)
+    drawn: list[float] = []
+    stages = pick_stages(grid)
+    for part in stretches(view, grid, "streams") if stages else []:
+        placement, end = _placement(view, part.name), grid.row(stages[0])[part.index][-1]
+        if placement == "none" or not end > 0:
+            continue
+        depth = np.arange(float(len(part.x)))
+        growth = np.sqrt(theory.prenorm_gradient_growth(depth, depth[-1])) if placement == "pre-norm" else np.ones_like(depth)
+        _theory(ax, part.x, end * growth, "_" if drawn else f"theory at init ({placement})")
+        drawn += [float(value) for value in end * growth]
+    return finish(ax, grid, also=drawn)
+
+
+def plot_gain_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Gain of each join: gradient norm at its fork over that at its output.
+
+    Read it: 1 passes the gradient on as it is. Gains multiply: 0.9 at each of 50 joins leaves 0.5 % of the gradient.
+    """
+    _, grid = over_depth(run, ax, "branches", "gain", unit="gain of the gradient", split=True, findings=findings)
+    ax.axhline(1.0, color=style.THEORY, linestyle=(0, (5, 2, 1, 2)), linewidth=1.1, zorder=1)
+    return finish(ax, grid, also=[1.0], least_span=3.0)
+
+
+def plot_token_cosine(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Mean cosine between positions of one sequence. Read it: at 1 all tokens are the same, and nothing can be told apart."""
+    _, grid = over_depth(run, ax, "streams", "token_cosine", unit="cosine between tokens", scale="linear", findings=findings)
+    finish(ax, grid)
+    ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.03)
+    return ax
+
+
+def plot_effective_rank(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Effective rank of the sampled rows (directions that they really use). Read it: near 1, all rows are one direction."""
+    _, grid = over_depth(run, ax, "streams", "effective_rank", unit="effective rank (directions)", findings=findings)
+    return finish(ax, grid, also=[1.0])
+
+
+def plot_outliers(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Largest over median absolute value. Read it: about 5 is normal noise; over 1,000 a few elements carry the norm."""
+    _, grid = over_depth(run, ax, "streams", "max_over_median", unit="largest / median |x|", findings=findings)
+    return finish(ax, grid)
+
+
+def plot_attention_entropy(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Entropy of attention over its largest possible value, ln(keys). Read it: 1 looks at all tokens alike, 0 at one only."""
+    view = View.of(run)
+    style.dress(ax, x=_depth_axis(view, "attention"), y="entropy / ln(keys)")
+    entropy, keys = view.grid("attention", "entropy"), view.grid("attention", "keys")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = np.where(keys.values > 1, entropy.values / np.log(keys.values), np.nan)
+    grid = Grid(entropy.steps, entropy.names, part, entropy.broken)
+    x = np.arange(1.0, len(grid.names) + 1)
+    stages = pick_stages(grid)
+    for step, look in zip(stages, stage_styles(len(stages)), strict=False):
+        ax.plot(x, grid.row(step), label=f"step {step:,}", marker=".", markersize=3.5, **look)
+    mark_findings(view, ax, grid, "attention", findings)
+    finish(ax, grid)
+    ax.set_ylim(0.0, 1.05)
+    return ax
+
+
+def plot_attention_logits(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Largest attention logit. Read it: tens are usual; growth into the hundreds comes before instability."""
+    _, grid = over_depth(run, ax, "attention", "logit_max", unit="largest |logit|", findings=findings)
+    return finish(ax, grid)

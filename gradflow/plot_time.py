@@ -1,0 +1,169 @@
+"""Pictures over training steps: loss and gradient norm with the findings marked, and the ledgers of a stream."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import matplotlib as mpl
+from gradflow import plot_style as style
+from gradflow.grids import Grid, Tables, View, run_starts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from gradflow.records import Finding
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+MOST_POINTS = 400
+SEVERITY_COLOR = {"error": style.VERMILLION, "warning": style.THEME["amber"][0], "info": style.BLUE}
+MOST_MARKED = 9
+
+
+def draw_series(ax: Axes, steps: Ints, values: Floats, *, color: str = style.BLUE, name: str = "", dashes: object = "-") -> None:
+    """A line over steps; of a long run the mean of neighbouring steps, within the band that they span."""
+    known = np.isfinite(values)
+    x, y = steps[known].astype(np.float64), values[known]
+    if len(x) > MOST_POINTS:
+        starts = run_starts(len(x), MOST_POINTS)
+        count = np.diff(np.append(starts, len(x)))
+        low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+        x, y = x[starts], np.add.reduceat(y, starts) / count
+        ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    dot = {"marker": ".", "markersize": 5} if len(x) < 25 else {}
+    ax.plot(x, y, color=color, linewidth=1.6, linestyle=dashes, label=name or "_", **dot)  # type: ignore[arg-type]
+
+
+def mark_findings(ax: Axes, findings: Sequence[Finding]) -> None:
+    """Numbered bars along the top: from the first to the last step at which each finding holds."""
+    shown = [(i, f) for i, f in enumerate(findings, 1) if f.severity != "info"][:MOST_MARKED]
+    for row, (at, finding) in enumerate(shown):
+        y, color = 1.03 + 0.055 * row, SEVERITY_COLOR[finding.severity]
+        ax.plot(
+            finding.steps, (y, y), color=color, linewidth=3, solid_capstyle="butt", marker="|", markersize=7, markeredgewidth=3,
+            transform=ax.get_xaxis_transform(), clip_on=False,
+        )  # fmt: skip
+        ax.annotate(
+            str(at), (finding.steps[0], y), xycoords=ax.get_xaxis_transform(), xytext=(-5, 0), textcoords="offset points",
+            ha="right", va="center", fontsize=8, color=style.INK, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _over_steps(run: Tables, ax: Axes, column: str, *, unit: str, log: bool, findings: Sequence[Finding]) -> Axes:
+    view = View.of(run)
+    steps, values = view.series(column)
+    if not len(steps) or np.isnan(values).all():
+        return style.nothing(ax, f"No {unit} was recorded")
+    style.dress(ax, x="optimizer step", y=unit)
+    draw_series(ax, steps, values)
+    broken = ~np.isfinite(values) & ~view.table("steps")[column].is_null().to_numpy()
+    style.marks(ax, steps.astype(np.float64), broken, at=0.97, marker="X", color=style.BROKEN, text="not finite")
+    if log and np.nanmin(values) > 0:
+        style.log_axis(ax.yaxis, values)
+    else:
+        style.linear_axis(ax.yaxis)
+    style.linear_axis(ax.xaxis, integer=True)
+    mark_findings(ax, findings)
+    if broken.any() and not findings:
+        style.legend(ax)
+    return ax
+
+
+def plot_loss(run: Tables, ax: Axes, *, findings: Sequence[Finding] = ()) -> Axes:
+    """Loss over steps, with the findings' spans above it, numbered as in the report. Read it: did the trouble hurt?"""
+    return _over_steps(run, ax, "loss", unit="loss", log=False, findings=findings)
+
+
+def plot_grad_norm(run: Tables, ax: Axes, *, findings: Sequence[Finding] = ()) -> Axes:
+    """Global L2 norm of all parameter gradients, before clipping. Read it: level is healthy, spikes and climbs are not."""
+    return _over_steps(run, ax, "grad_norm", unit="gradient norm (L2)", log=True, findings=findings)
+
+
+def plot_learning_rate(run: Tables, ax: Axes, *, findings: Sequence[Finding] = ()) -> Axes:
+    """Learning rate of the first parameter group. Read it beside the loss: warm-up, decay."""
+    return _over_steps(run, ax, "learning_rate", unit="learning rate", log=False, findings=findings)
+
+
+def ledger_streams(view: View, column: str) -> list[str]:
+    """Streams whose ledger was recorded, that of the most branches first."""
+    shares = view.grid("branches", column)
+    known = {label for label, any_ in zip(shares.labels, np.isfinite(shares.values).any(axis=0), strict=True) if any_}
+    streams = [branch.get("stream", "") for branch in view.meta.get("branches", []) if branch["name"] in known]
+    return sorted(dict.fromkeys(streams), key=lambda name: -streams.count(name))
+
+
+def stream_ledger(view: View, column: str, stream: str) -> tuple[Floats, Grid]:
+    """(share of the stream's own end entry, shape (step,); shares of its branches, a grid)."""
+    shares = view.grid("branches", column)
+    inside = {branch["name"] for branch in view.meta.get("branches", []) if branch.get("stream", "") == stream}
+    ends = view.grid("streams", column).named(first=stream)
+    with np.errstate(invalid="ignore"):
+        own = np.where(np.isfinite(ends.values).any(axis=1), np.nansum(ends.values, axis=1), np.nan)
+    return own, shares.select([i for i, label in enumerate(shares.labels) if label in inside])
+
+
+def _plot_ledger(run: Tables, ax: Axes, column: str, stream: str | None, own_name: str, unit: str) -> Axes:
+    view = View.of(run)
+    if stream is None:
+        stream = next(iter(ledger_streams(view, column)), None)
+    if stream is None:
+        return style.nothing(ax, f"No ledger ({column}) was recorded")
+    own, grid = stream_ledger(view, column, stream)
+    seen = np.isfinite(grid.values).any(axis=1)
+    steps, own, values = grid.steps[seen].astype(np.float64), np.nan_to_num(own[seen]), np.nan_to_num(grid.values[seen])
+    style.dress(ax, x="optimizer step", y=unit)
+    if len(steps) == 1:
+        steps, own, values = steps + np.array([-0.5, 0.5]), np.repeat(own, 2), np.repeat(values, 2, axis=0)
+    starts = run_starts(values.shape[1], 6)
+    entries = [(own_name, own, style.RULE)]
+    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], values.shape[1]], strict=True)):
+        name = f"branch {start + 1}" if stop - start == 1 else f"branches {start + 1}–{stop}"
+        shade = mpl.colors.to_hex(mpl.colormaps[style.SEQUENTIAL](0.12 + 0.82 * number / max(1, len(starts) - 1)))
+        entries.append((name, values[:, start:stop].sum(axis=1), shade))
+    _stack(ax, steps, entries)
+    ax.axhline(1.0, color=style.INK, linewidth=0.8)
+    ax.set_xlim(steps[0], steps[-1])
+    style.linear_axis(ax.xaxis, integer=True)
+    style.linear_axis(ax.yaxis)
+    style.legend(ax)
+    return ax
+
+
+def _stack(ax: Axes, steps: Floats, entries: Sequence[tuple[str, Floats, str]]) -> None:
+    """Positive shares pile up from 0, negative ones (a branch that erases) hang down from it."""
+    if len(steps) > MOST_POINTS:
+        starts = run_starts(len(steps), MOST_POINTS)
+        count = np.diff(np.append(starts, len(steps)))
+        entries = [(name, np.add.reduceat(share, starts) / count, color) for name, share, color in entries]
+        steps = steps[starts]
+    above, below = np.zeros(len(steps)), np.zeros(len(steps))
+    for name, share, color in entries:
+        up, down = np.maximum(share, 0), np.minimum(share, 0)
+        ax.fill_between(steps, above, above + up, color=color, linewidth=0, label=name)
+        if (down < 0).any():
+            ax.fill_between(steps, below, below + down, color=color, linewidth=0, alpha=0.75)
+        above, below = above + up, below + down
+    ax.set_ylim(min(0.0, 1.05 * float(below.min())), max(1.02, 1.05 * float(above.max())))
+
+
+def plot_signal_ledger(run: Tables, ax: Axes, *, stream: str | None = None) -> Axes:
+    """Who wrote the stream's end: shares of x_0 and of the branches, which sum to 1.
+
+    Read it: a wide grey band means that the output is still mostly the input; one wide colour, that few branches do the
+    work; below 0 hang branches that erase.
+    """
+    return _plot_ledger(run, ax, "signal_share", stream, "x₀, the stream's start", "share of the stream's end")
+
+
+def plot_gradient_ledger(run: Tables, ax: Axes, *, stream: str | None = None) -> Axes:
+    """Which way the gradient at the stream's start came: the pure skip path and each branch, which sum to 1.
+
+    Read it: the grey band came back through additions alone, untouched by any branch.
+    """
+    return _plot_ledger(run, ax, "gradient_share", stream, "pure skip path", "share of the gradient at the start")
