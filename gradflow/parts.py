@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 
     from gradflow.storage import Storage
 
+Steps: TypeAlias = npt.NDArray[np.int64]
+
 MAX_ROWS = 50_000_000
 """Rows of one table that are read at most: a crafted part of a few kilobytes may promise billions."""
 
 ATTEMPTS = 10
 """Listings tried while a run that is still being written merges its parts under the reader."""
+
+ROW_GROUP = 131_072
+"""Rows of a row group that are written at least, where a part has as many: small groups cost more than they hold."""
 
 _TYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
 _NAME = re.compile(r"rank-(0|[1-9]\d{0,8})-(0|[1-9]\d{0,8})\.parquet", re.ASCII)
@@ -193,12 +199,12 @@ def latest(parts: Iterable[tuple[Part, pa.Table]]) -> Iterator[pa.Table]:
         yield rows.filter(pc.is_in(rows["step"], value_set=pa.array(steps))) if some_are_left_out else rows
 
 
-def steps_to_keep(parts: list[tuple[Part, np.ndarray]]) -> list[tuple[np.ndarray, bool]]:
+def steps_to_keep(parts: list[tuple[Part, Steps]]) -> list[tuple[Steps, bool]]:
     """For each part with its distinct steps: the steps that no later part of its rank holds, and whether some fell out.
 
     `parts` are sorted. The steps of a run number thousands where its rows number millions: this stays cheap.
     """
-    kept: list[tuple[np.ndarray, bool]] = []
+    kept: list[tuple[Steps, bool]] = []
     seen = np.empty(0, dtype=np.int64)
     rank = -1
     for part, steps in reversed(parts):
@@ -208,3 +214,34 @@ def steps_to_keep(parts: list[tuple[Part, np.ndarray]]) -> list[tuple[np.ndarray
         kept.append((new, len(new) < len(steps)))
         seen = np.concatenate([seen, new])
     return kept[::-1]
+
+
+def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
+    """Write rows of one table as Parquet: zstd, names dictionary-encoded, row groups of `ROW_GROUP` rows or more."""
+    waiting: list[pa.Table] = []
+    writer: pq.ParquetWriter | None = None
+    for rows in tables:
+        waiting.append(rows)
+        if writer is None:
+            writer = _parquet(file, rows.schema)
+        if sum(table.num_rows for table in waiting) >= ROW_GROUP:
+            writer.write_table(pa.concat_tables(waiting).unify_dictionaries())
+            waiting = []
+    if writer is not None:
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).unify_dictionaries())
+        writer.close()
+
+
+def _parquet(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
+    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+    # Statistics and dictionaries of measured floats would be as large as the floats. Without the Arrow schema in the
+    # footer, every reader sees the types of the format itself, names as strings.
+    return pq.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        use_dictionary=[name for name in schema.names if name not in floats],
+        write_statistics=["step"],
+        store_schema=False,
+    )

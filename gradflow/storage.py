@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-Produce = Callable[[IO[bytes]], None]
+Produce = Callable[[IO[bytes]], object]
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -24,7 +24,7 @@ class Storage(Protocol):
     path: str
 
     def names(self, folder: str = "") -> list[str]:
-        """Sorted names of what is in a folder; empty where the folder is missing or is no real folder."""
+        """Sorted names of what is in a folder, none where it is missing; `OSError` where it is no real folder."""
 
     def read(self, name: str) -> bytes:
         """Content of a regular file; `FileNotFoundError` where it is gone, another `OSError` where it is no file."""
@@ -39,7 +39,7 @@ class Storage(Protocol):
         """Whether anything of that name is there."""
 
     def claim(self, folder: str) -> bool:
-        """Make a folder and say whether it was this call that made it."""
+        """Make a folder and say whether it was this call that made it; something in its way is a no."""
 
 
 class LocalStorage:
@@ -52,8 +52,8 @@ class LocalStorage:
     def names(self, folder: str = "") -> list[str]:
         """See `Storage`."""
         place = self.root / folder
-        if folder and (place.is_symlink() or not place.is_dir()):
-            return []
+        if folder and place.is_symlink():
+            raise NotADirectoryError(f"{folder} is a link, which is not followed")
         try:
             return sorted(os.listdir(place))  # noqa: PTH208 (names alone: nothing is opened or followed)
         except FileNotFoundError:
@@ -92,8 +92,8 @@ class LocalStorage:
 
     def claim(self, folder: str) -> bool:
         """See `Storage`."""
-        self.root.mkdir(parents=True, exist_ok=True)
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
             (self.root / folder).mkdir()
         except FileExistsError:
             return False
@@ -118,7 +118,7 @@ class RemoteStorage:
         self._fs.invalidate_cache()
         try:
             found = self._fs.ls(self._at(folder), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
 
