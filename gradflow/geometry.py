@@ -1,0 +1,113 @@
+"""Geometry of a fixed sample of rows: how alike positions are, how many directions they use, how heavy the tails are.
+
+A sample is a tensor of shape (sequence, position, width), at most `rows` positions in all, taken at fixed places, so
+its cost does not grow with the batch. All functions are pure, batch over any leading axes and never synchronise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradflow import statistics
+
+_FEWEST_POSITIONS = 16
+"""Positions taken from each sequence before more sequences are taken: cosines need several of one sequence."""
+
+
+def _spread(length: int, count: int, device: torch.device) -> Tensor:
+    """`count` indices spread evenly over `length`, first and last included."""
+    return (torch.arange(count, device=device) * (length - 1) // max(count - 1, 1)).long()
+
+
+def sample_rows(x: Tensor, channel_dim: int, rows: int) -> Tensor | None:
+    """A copy of at most `rows` positions of a tensor, evenly spread: shape (sequence, position, width), float32 or 64.
+
+    The first axis counts sequences (or images), `channel_dim` is the width, all other axes are positions; a tensor of
+    one or two axes is one sequence of its rows. Everything is taken where it fits; else as many sequences as leave 16
+    positions each. None for an empty tensor.
+    """
+    if x.numel() == 0 or x.dim() == 0:
+        return None
+    x = x.detach()
+    if x.dim() <= 2:
+        x = x.reshape(1, -1, x.shape[-1])
+    else:
+        x = x.movedim(channel_dim, -1)
+        if x.dim() > 3:
+            x = x.flatten(1, -2)
+    sequences, positions = x.shape[0], x.shape[1]
+    if sequences * positions > rows:
+        take = min(positions, max(rows // sequences, min(_FEWEST_POSITIONS, rows)))
+        x = x[: max(rows // take, 1)].index_select(1, _spread(positions, take, x.device))
+    return statistics.wide(x.clone())
+
+
+def has_tokens(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape has several positions a sequence, so that cosines between them mean something."""
+    return len(shape) >= 3
+
+
+def token_cosine(rows: Tensor) -> Tensor:
+    """Mean cosine between different positions of one sequence, averaged over sequences.
+
+    cos = (|Σ_i u_i|² − Σ_i |u_i|²) / (m(m−1)) with u_i = x_i/|x_i| over the m positions that are not zero.
+    rows: (..., sequence, position, width) → (...). 1 means that all tokens are the same (rank collapse, Dong 2021,
+    arXiv:2103.03404); about 0 that they are unrelated. NaN where no sequence has two positions that are not zero.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    units = torch.where(norms > 0, rows / norms, torch.zeros_like(rows))
+    count = (norms > 0).sum((-2, -1)).to(rows.dtype)
+    pairs = count * (count - 1)
+    cosines = (units.sum(-2).square().sum(-1) - units.square().sum((-2, -1))) / pairs
+    valid = pairs > 0
+    return torch.where(valid, cosines, torch.zeros_like(cosines)).sum(-1) / valid.sum(-1)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Inner products of the rows of a sample, scaled so that the trace is 1: (..., s, p, d) → (..., n, n), n ≤ s·p, d.
+
+    Whichever of X Xᵀ and XᵀX is smaller; both have the same eigenvalues besides zeros.
+    """
+    flat = rows.flatten(-3, -2)
+    product = flat @ flat.mT if flat.shape[-2] <= flat.shape[-1] else flat.mT @ flat
+    scaled: Tensor = product / product.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return scaled
+
+
+def effective_rank(gram_matrix: Tensor) -> Tensor:
+    """Effective rank exp(−Σ p ln p), p = σ/Σσ the normalised singular values of the row sample (Roy & Vetterli 2007).
+
+    gram_matrix: (..., n, n), on the CPU (the decomposition would wait for any other device) → (...). Between 1 (all
+    rows on one line) and n. NaN where the sample is zero or not finite.
+    """
+    finite = torch.isfinite(gram_matrix).all(-1).all(-1)
+    safe = torch.where(finite[..., None, None], gram_matrix, torch.zeros_like(gram_matrix))
+    values = torch.linalg.eigvalsh(safe)
+    # eigenvalues of a product are right to n·eps of the largest one; below that they are rounding, not directions
+    floor = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:].clamp_min(0)
+    sigma = torch.where(values > floor, values, torch.zeros_like(values)).sqrt()
+    p = sigma / sigma.sum(-1, keepdim=True)
+    rank = torch.exp(torch.special.entr(p).sum(-1))
+    return torch.where(finite, rank, torch.full_like(rank, float("nan")))
+
+
+def kurtosis(rows: Tensor) -> Tensor:
+    """E x⁴/(E x²)² over the sample: 3 for a normal distribution, large where few features are huge. NaN if all zero."""
+    squares = rows.flatten(-3).square()
+    return squares.square().mean(-1) / squares.mean(-1).square()
+
+
+def max_over_median(rows: Tensor) -> Tensor:
+    """Largest over median |x| of the sample (lower median); over 1,000 is massive (Sun 2024, arXiv:2402.17762)."""
+    sizes = rows.flatten(-3).abs()
+    return sizes.amax(-1) / sizes.median(-1).values
+
+
+def shares(parts: Tensor, whole: Tensor) -> Tensor:
+    """Share of each part in a sum: ⟨part, whole⟩/⟨whole, whole⟩. parts: (k, ...), whole: (...) → (k,).
+
+    They add up to 1 exactly where the parts add up to the whole. NaN where the whole is zero.
+    """
+    flat = whole.flatten().double() if whole.device.type != "mps" else whole.flatten()
+    return (parts.flatten(1).to(flat.dtype) @ flat) / torch.dot(flat, flat)

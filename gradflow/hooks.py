@@ -1,0 +1,104 @@
+"""Hooks on the autograd graph of a running step, placed where a tensor was made, after the fact, and all removable.
+
+A hook on the autograd node that made a tensor sees the tensor's gradient summed over all paths, keeps no activation
+alive, and adds nothing to the graph: the training's own arithmetic stays bit for bit what it was.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch.utils.hooks import RemovableHandle
+
+Edge = tuple[Any, int]
+"""An autograd node and the number of its output."""
+_WALK_LIMIT = 512
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Our own arithmetic: no gradient recorded, no mode of anybody sees it, no autocast changes its precision."""
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # noqa: SLF001
+        autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not autocast:
+            yield
+            return
+        for kind in autocast:
+            torch.set_autocast_enabled(kind, False)
+        try:
+            yield
+        finally:
+            for kind in autocast:
+                torch.set_autocast_enabled(kind, True)
+
+
+class Hooks:
+    """Autograd hooks of one step. A hook that raises reports to `on_error` and never to the backward pass."""
+
+    def __init__(self, on_error: Callable[[Exception], None]) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._on_error = on_error
+
+    def gradient(self, edge: Edge, use: Callable[[Tensor], None]) -> None:
+        """Call `use` with the gradient of the tensor at `edge`, summed over all paths, whenever a backward has it."""
+        node, number = edge
+
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[number]
+            if gradient is not None:
+                self._run(use, gradient)
+
+        self._handles.append(node.register_prehook(hook))
+
+    def returned(self, node: Any, position: int, use: Callable[[Tensor], None]) -> None:
+        """Call `use` with what the autograd node `node` sends back to its input number `position`."""
+
+        def hook(sent: tuple[Tensor | None, ...], _received: tuple[Tensor | None, ...]) -> None:
+            gradient = sent[position]
+            if gradient is not None:
+                self._run(use, gradient)
+
+        self._handles.append(node.register_hook(hook))
+
+    def _run(self, use: Callable[[Tensor], None], gradient: Tensor) -> None:
+        try:
+            with undisturbed():
+                use(gradient.detach())
+        except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
+            self._on_error(error)
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def inputs_reaching(node: Any, position: int, target: Edge) -> list[Edge] | None:
+    """Where the path that leaves autograd node `node` at input `position` arrives at `target`.
+
+    Each result is a node and the number of its input that is `target`; the gradients sent there add up to what comes
+    back along the path. Empty if autograd does not follow the path (it is detached); None if it leads elsewhere.
+    """
+    if position >= len(node.next_functions) or len(node.next_functions) > 2:
+        return None
+    found: list[Edge] = []
+    seen: set[Any] = set()
+    queue: list[Edge] = [(node, position)]
+    while queue and len(seen) < _WALK_LIMIT:
+        holder, number = queue.pop()
+        function, output = holder.next_functions[number]
+        if function is None:
+            continue
+        if (function, output) == target:
+            found.append((holder, number))
+        elif function not in seen:
+            seen.add(function)
+            queue.extend((function, i) for i in range(len(function.next_functions)))
+    return found if found or not seen else None
