@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from gradflow.errors import RunError, SchemaVersionError
@@ -38,21 +40,27 @@ DEFAULTS: Meta = {
 
 def dump(meta: Mapping[str, Any]) -> bytes:
     """Return `meta` as strict JSON, the schema version included; a NaN or infinity, which JSON lacks, becomes null."""
-    text = json.dumps(_plain({"schema_version": SCHEMA_VERSION, **meta}), ensure_ascii=False, indent=1)
+    text = json.dumps(plain({"schema_version": SCHEMA_VERSION, **meta}), ensure_ascii=False, indent=1)
     return text.encode("utf-8", errors="replace")
 
 
-def _plain(value: Any) -> Any:
-    """Nested value as JSON knows it: tuples as lists, non-finite floats as null, anything unknown as its text."""
+def plain(value: Any) -> Any:
+    """Nested value as JSON knows it: records as objects, non-finite floats as null, anything unknown as its text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, bool, int)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool)):
         return value
-    return str(value)
+    return _number(value) if isinstance(value, Real) else str(value)
+
+
+def _number(value: Real) -> int | float | None:
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
 
 
 def parse(data: bytes, where: str) -> Meta:

@@ -53,6 +53,7 @@ class RunWriter:
         self._writes_meta = rank == 0 if write_meta is None else write_meta
         self._buffers: dict[str, list[pa.Table]] = {}
         self._parts: dict[str, list[Part]] = {}
+        self._next: dict[str, int] = {}
 
     def write_meta(self, meta: Mapping[str, Any]) -> None:
         """Write `run.json` as a whole, over the one before; on ranks that do not write it, do nothing."""
@@ -90,10 +91,11 @@ class RunWriter:
         """
         for table in list(self._buffers):
             held = self._held(table)
-            part = Part(self.rank, held[-1].number + 1 if held else 0)
+            part = Part(self.rank, self._next[table])
             rows = pa.concat_tables(self._buffers[table]).unify_dictionaries()
             self._write(part.path(table), partial(parts.write_rows, tables=[rows]))
             held.append(part)
+            self._next[table] += 1
             del self._buffers[table]
             self.compact(table)
 
@@ -128,6 +130,7 @@ class RunWriter:
             with self._explained(table):
                 found, _ = parts.list_parts(self._storage, table)
             self._parts[table] = [part for part in found if part.rank == self.rank]
+            self._next[table] = max((part.number + 1 for part in self._parts[table]), default=0)
         return self._parts[table]
 
     def _merge(self, table: str, old: list[Part]) -> None:

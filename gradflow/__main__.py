@@ -1,0 +1,5 @@
+"""`python -m gradflow` is `gradflow`."""
+
+from gradflow.cli import main
+
+main()

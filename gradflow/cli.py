@@ -1,0 +1,266 @@
+"""The command line. Every command reads or runs, prints, and ends: 0 fine, 1 findings, 2 it could not be done."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import gradflow
+from gradflow import console, factories
+from gradflow.errors import GradflowError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradflow.records import Finding
+    from gradflow.store import Run
+
+app = typer.Typer(
+    name="gradflow",
+    help="See how signal and gradient flow through the residual branches of a PyTorch model, while it trains.",
+    epilog="Exit status: 0 fine, 1 findings (check, probe), 2 it could not be done. Start with: gradflow demo",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+)
+
+
+class Severity(StrEnum):
+    """Severities, gravest first."""
+
+    error = "error"
+    warning = "warning"
+    info = "info"
+
+
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory (path or URL), such as logs/gradflow.")]
+Factory = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FUNCTION",
+        help="A function without arguments that returns a model, (model, args) or (model, args, kwargs), "
+        "as train:make_model or train.py:make_model.",
+    ),
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option("--input", metavar="MODULE:FUNCTION", help="A function that returns the model's inputs."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+FailOn = Annotated[
+    Severity, typer.Option("--fail-on", help="Exit with status 1 on a finding of this severity or a graver one.")
+]
+Ignore = Annotated[list[str] | None, typer.Option("--ignore", metavar="CODE", help="Leave out a finding; repeatable.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"gradflow {gradflow.__version__}")  # noqa: T201
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="Directory for runs and reports.")] = Path("gradflow-demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps a run.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the Transformers.")] = None,
+    force: Force = False,
+) -> None:
+    """Train small models, sound and broken, and write their reports.
+
+    Needs no data and no network: the monitor watches small Transformers learn, and says what it saw.
+    """
+    from gradflow import demo as demonstration
+
+    demonstration.run(out, steps, depth, force)
+
+
+@app.command()
+def branches(factory: Factory, *, inputs: Inputs = None, as_json: Json = False) -> None:
+    """Show the residual branches of a model as a tree.
+
+    One forward pass finds them, without training; what could not be followed is listed below the tree.
+    """
+    from gradflow import discovery
+
+    subject = factories.build(factory, inputs)
+    structure = _run_model(factory, discovery.discover, subject)
+    if as_json:
+        console.print_json(
+            {"branches": structure.branches, "streams": structure.streams, "problems": structure.problems}
+        )
+    else:
+        console.say(discovery.render_tree(structure))
+
+
+@app.command()
+def probe(
+    factory: Factory,
+    *,
+    inputs: Inputs = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a report as well.")] = None,
+    force: Force = False,
+    fail_on: FailOn = Severity.warning,
+    ignore: Ignore = None,
+    as_json: Json = False,
+) -> None:
+    """Diagnose a model as it is initialised, without training.
+
+    One forward and one backward pass; findings are printed as by check.
+    """
+    target = None if out is None else _free(out, force=force)
+    subject = factories.build(factory, inputs)
+    run = _run_model(factory, gradflow.probe, subject)
+    if target is not None:
+        gradflow.report(run, target)
+    _judge(run, fail_on=fail_on, ignore=ignore or [], as_json=as_json)
+
+
+@app.command()
+def report(
+    run: RunPath,
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write. [default: report.html in the run]")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write the report of a run: one HTML file, no network."""
+    if out is None and "://" in run:
+        raise UsageError(f"expected --out FILE for a run behind a URL, got none for {run}; name a local file")
+    target = _free(out or Path(run) / "report.html", force=force)
+    gradflow.report(_load(run), target)
+    console.say(f"wrote {target}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two or more run directories.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("gradflow-compare.html"),
+    force: Force = False,
+) -> None:
+    """Write one page that sets runs side by side."""
+    if len(runs) < 2:
+        raise UsageError(f"expected two runs or more to compare, got {len(runs)}; for one run there is gradflow report")
+    target = _free(out, force=force)
+    gradflow.compare([_load(run) for run in runs], target)
+    console.say(f"wrote {target}")
+
+
+@app.command()
+def check(run: RunPath, *, fail_on: FailOn = Severity.warning, ignore: Ignore = None, as_json: Json = False) -> None:
+    """Print the findings of a run; exit status 1 if there are any.
+
+    A test for continuous integration: --fail-on says how grave, --ignore which to leave out.
+    """
+    loaded = _load(run)
+    if not loaded.steps:
+        raise UsageError(f"expected a run with recorded steps, got none in {run}; nothing can be said of it")
+    _judge(loaded, fail_on=fail_on, ignore=ignore or [], as_json=as_json)
+
+
+@app.command()
+def schema(*, as_json: Json = False) -> None:
+    """Print the tables of a run: columns, units, formulas."""
+    tables = console.schema_rows()
+    if as_json:
+        console.print_json(tables)
+        return
+    for table, columns in tables.items():
+        rows = [[c["name"], c["type"], c["unit"], c["formula"] or c["merge"], c["doc"]] for c in columns]
+        console.print_table(table, ["column", "type", "unit", "formula or merge", "meaning"], rows)
+
+
+@app.command()
+def rules(*, as_json: Json = False) -> None:
+    """Print the rules behind the findings, and their thresholds."""
+    from gradflow.rules import RULES
+
+    if as_json:
+        console.print_json([console.rule_facts(rule) for rule in RULES])
+        return
+    for rule in RULES:
+        console.print_rule(rule)
+
+
+def main() -> None:
+    """Run the command line: what gradflow raises on purpose becomes one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        app(prog_name="gradflow")
+    except GradflowError as error:
+        console.say(f"error: {' '.join(str(error).split())}", error=True, style="bold red")
+        sys.exit(2)
+    except BrokenPipeError:  # `gradflow schema | head`: nobody reads on, and Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _load(path: str) -> Run:
+    """Load a run and say on stderr what was left out of it."""
+    run = gradflow.load(path)
+    for problem in run.problems:
+        console.say(f"note: {problem}", error=True)
+    if run.meta["stopped"] is not None:
+        console.say(f"note: recording stopped early: {run.meta['stopped']}", error=True)
+    return run
+
+
+def _free(path: Path, *, force: bool) -> Path:
+    """Return the path if it may be written; nothing is replaced unless the user said so."""
+    if os.path.lexists(path) and not force:
+        raise UsageError(f"expected a new file, got {path}, which is there already; pass --force or another --out")
+    return path
+
+
+def _run_model(factory: str, action: Any, subject: factories.Subject) -> Any:
+    """Run the user's model; what it raises becomes one line that says where."""
+    try:
+        return action(subject.model, *subject.args, **subject.kwargs)
+    except GradflowError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"expected the model of {factory} to run on its inputs, got {factories.reason(error)}; "
+            "check the inputs that the factory or --input gives"
+        ) from error
+
+
+def _judge(run: Run, *, fail_on: Severity, ignore: Sequence[str], as_json: bool) -> None:
+    """Print the findings and exit with status 1 where one is grave enough."""
+    from gradflow.rules import RULES
+
+    codes = [rule.code for rule in RULES]
+    unknown = [code for code in ignore if code not in codes]
+    if unknown:
+        raise UsageError(
+            f"expected codes of findings after --ignore, got {', '.join(unknown)}; known: {', '.join(codes)}"
+        )
+    findings: list[Finding] = [finding for finding in gradflow.diagnose(run) if finding.code not in ignore]
+    order = list(Severity)
+    failed = any(order.index(Severity(finding.severity)) <= order.index(fail_on) for finding in findings)
+    if as_json:
+        console.print_json(
+            {"run": run.path, "steps": run.steps, "failed": failed, "findings": findings, "problems": run.problems}
+        )
+    else:
+        console.print_findings(findings)
+        console.say(console.verdict(run, findings))
+    if failed:
+        raise typer.Exit(1)
