@@ -1,0 +1,175 @@
+"""Where a run first became non-finite: step, direction and place. Every other rule looks at the run up to there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from gradflow.rules.view import View
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gradflow.store import Run
+
+    Bools = NDArray[np.bool_]
+
+Direction = Literal["forward", "backward", "loss", "update"]
+COUNTED = {"branches": "nonfinite", "layers": "nonfinite"}
+SUMS = {"branches": ("out_sq", "branch_sq", "skip_sq"), "layers": ("out_sq",), "streams": ("out_sq",)}
+GRADIENTS = {"branches": "grad_out_sq", "layers": "grad_out_sq", "streams": "grad_sq"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The first NaN or infinity of a run.
+
+    Attributes:
+        step: Sampled step at which it was seen first.
+        last: Last sampled step at which any was seen.
+        direction: `"forward"`, `"backward"` (activations were finite, a gradient was not), `"loss"`, or `"update"`
+            (only parameter gradients or weights show it).
+        layers: Broken layers of that step in the order in which the fault reached them, the first one first.
+        branches: Broken branches, likewise.
+        parameters: Parameters with broken gradients, in order of the model.
+        count: Non-finite elements at the first place, None where it was not counted.
+        steps_broken: Sampled steps with any fault, and the sampled steps since the first.
+        steps_since: Sampled steps from the first fault on.
+        scaled: Whether an AMP loss scale was in use.
+        inherited: Whether the weights were broken before that step: it began after the sampled step before.
+        contained: Whether loss and gradients stayed finite: a mask of infinities, not a failure.
+    """
+
+    step: int
+    last: int
+    direction: Direction
+    layers: tuple[str, ...]
+    branches: tuple[str, ...]
+    parameters: tuple[str, ...]
+    count: int | None
+    steps_broken: int
+    steps_since: int
+    scaled: bool
+    inherited: bool
+    contained: bool
+
+    @property
+    def skipped(self) -> bool:
+        """Whether these are the overflows that AMP's loss scaler looks for and skips: gradients only, now and then."""
+        return self.scaled and self.direction in {"backward", "update"} and 2 * self.steps_broken <= self.steps_since
+
+
+def _broken(view: View, table: str, column: str) -> Bools:
+    """Where a value is known and is NaN or infinite, shape (step of `view.steps`, thing)."""
+    grid = view.grid(table)
+    values, known = grid.raw(column)
+    return _aligned(view, grid.steps, known & ~np.isfinite(values))
+
+
+def _aligned(view: View, steps: NDArray[np.int64], mask: Bools) -> Bools:
+    full = np.zeros((len(view.steps), mask.shape[1]), dtype=bool)
+    full[np.searchsorted(view.steps, steps)] = mask
+    return full
+
+
+def _forward(view: View, table: str) -> Bools:
+    """Where a forward value is broken: by its count where there is one, else by NaN sums (infinite sums overflow)."""
+    grid = view.grid(table)
+    mask = np.zeros((len(view.steps), len(grid.keys)), dtype=bool)
+    counted = np.zeros_like(mask)
+    if table in COUNTED:
+        values, known = grid.raw(COUNTED[table])
+        mask |= _aligned(view, grid.steps, known & (values > 0))
+        counted = _aligned(view, grid.steps, known)
+    for column in SUMS[table]:
+        values, known = grid.raw(column)
+        mask |= _aligned(view, grid.steps, known & np.isnan(values)) & ~counted
+    return mask
+
+
+def locate(view: View) -> Fault | None:
+    """Find the first non-finite number of a run, or None."""
+    if not len(view.steps):
+        return None
+    forward = {table: _forward(view, table) for table in SUMS}
+    backward = {table: _broken(view, table, column) for table, column in GRADIENTS.items()}
+    update = _broken_parameters(view)
+    loss = _broken(view, "steps", "loss")
+    harmed = _any([loss, _broken(view, "steps", "grad_norm"), update, *backward.values()])
+    ahead = _any(list(forward.values()))
+    broken = ahead | harmed
+    if not broken.any():
+        return None
+    at = int(np.argmax(harmed)) if harmed.any() else int(np.argmax(ahead))
+    source = forward if ahead[at] else backward
+    layers, branches = (_names(view, t, source[t], at, backwards=not ahead[at]) for t in ("layers", "branches"))
+    return Fault(
+        step=int(view.steps[at]),
+        last=int(view.steps[np.flatnonzero(broken)[-1]]),
+        direction=_direction(forward=bool(ahead[at]), loss=bool(loss[at].any()), backward=backward, at=at),
+        layers=layers,
+        branches=branches,
+        parameters=_names(view, "parameters", update, at),
+        count=_count(view, at, layers, branches) if ahead[at] else None,
+        steps_broken=int(broken[at:].sum()),
+        steps_since=len(view.steps) - at,
+        scaled=bool(np.nanmax(view.series("loss_scale"), initial=1.0) > 1.0),
+        inherited=bool(_broken(view, "parameters", "weight_sq")[at].any()),
+        contained=not harmed.any() and not _reaches_the_end(view, forward, at),
+    )
+
+
+def _any(masks: list[Bools]) -> Bools:
+    return np.asarray(np.any([mask.any(axis=1) for mask in masks], axis=0))
+
+
+def _broken_parameters(view: View) -> Bools:
+    grid = view.grid("parameters")
+    counts, known = grid.raw("nonfinite")
+    mask = _aligned(view, grid.steps, known & (counts > 0))
+    for column in ("grad_sq", "weight_sq", "update_sq"):
+        mask |= _broken(view, "parameters", column)
+    return mask
+
+
+def _names(view: View, table: str, mask: Bools, at: int, *, backwards: bool = False) -> tuple[str, ...]:
+    """Names of what broke at a step, in the order the fault took, without what had been broken before, harmlessly."""
+    fresh = mask[at] & ~mask[:at].any(axis=0)
+    names = [name for name, hit in zip(view.grid(table).names, fresh, strict=True) if hit]
+    return tuple(reversed(names)) if backwards else tuple(names)
+
+
+def _reaches_the_end(view: View, forward: dict[str, Bools], at: int) -> bool:
+    """Whether, with no loss or gradient to tell, the last layer (or else branch) of the model is broken too."""
+    if np.isfinite(view.series("loss")[at]):
+        return False
+    ends = [mask[at][-1] for mask in (forward["layers"], forward["branches"]) if mask.shape[1]]
+    return bool(ends and ends[0])
+
+
+def _direction(*, forward: bool, loss: bool, backward: dict[str, Bools], at: int) -> Direction:
+    if forward:
+        return "forward"
+    if loss:
+        return "loss"
+    return "backward" if any(mask[at].any() for mask in backward.values()) else "update"
+
+
+def _count(view: View, at: int, layers: tuple[str, ...], branches: tuple[str, ...]) -> int | None:
+    """Non-finite elements of the first broken layer, or branch, at a step."""
+    for table, names in (("layers", layers), ("branches", branches)):
+        grid = view.grid(table)
+        row = np.searchsorted(grid.steps, view.steps[at])
+        if names and row < len(grid.steps):
+            value = grid["nonfinite"][row, grid.names.index(names[0])]
+            return int(value) if np.isfinite(value) else None
+    return None
+
+
+def view_of(run: Run) -> View:
+    """The view that rules other than `nonfinite` work on: up to the first step at which training itself was broken."""
+    view = View(run)
+    fault = locate(view)
+    return view if fault is None or fault.contained or fault.skipped else View(run, until=fault.step)

@@ -1,0 +1,201 @@
+"""What rules see of a run: tables as arrays of step by thing, up to the first step that went non-finite.
+
+A rule works on float64 arrays of shape (sampled step, thing), NaN where nothing was recorded. Nulls, missing tables and
+measured NaN or infinity all become NaN there, so that one broken number never breaks a rule; `Grid.raw` keeps the
+difference for the rule that looks for broken numbers.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gradflow.store import Run
+
+    Floats = NDArray[np.float64]
+    Bools = NDArray[np.bool_]
+
+KEYS = {
+    "steps": (),
+    "branches": ("branch",),
+    "layers": ("layer",),
+    "parameters": ("parameter",),
+    "attention": ("layer",),
+    "streams": ("stream", "point"),
+}
+Key = tuple[str, ...]
+
+
+class Grid:
+    """A table of a run as arrays: `steps` (int64, sorted), `keys` in the order of the table, columns on demand."""
+
+    def __init__(self, table: pa.Table, keys: tuple[str, ...], until: int | None) -> None:
+        if until is not None:
+            table = table.filter(pc.less_equal(table["step"], until))
+        self._table = table
+        self.steps, self._row = np.unique(table["step"].to_numpy(), return_inverse=True)
+        self.keys, self._place = _places(table, keys)
+        self._columns: dict[str, Floats] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The last part of each key: the branch, layer, parameter or point."""
+        return [key[-1] for key in self.keys]
+
+    @cached_property
+    def present(self) -> Bools:
+        """Shape (step, thing): whether the table has a row there."""
+        present = np.zeros((len(self.steps), len(self.keys)), dtype=bool)
+        present[self._row, self._place] = True
+        return present
+
+    def raw(self, column: str) -> tuple[Floats, Bools]:
+        """Values as measured, NaN and infinity included, and where they are not null; both (step, thing)."""
+        values = np.full((len(self.steps), len(self.keys)), np.nan)
+        known = np.zeros(values.shape, dtype=bool)
+        if column in self._table.column_names:
+            chunked = self._table[column]
+            values[self._row, self._place] = chunked.cast(pa.float64()).to_numpy()
+            known[self._row, self._place] = chunked.is_valid().to_numpy()
+        return values, known
+
+    def __getitem__(self, column: str) -> Floats:
+        """A column of shape (step, thing), NaN where not recorded or not finite. It is kept: do not write to it."""
+        if column not in self._columns:
+            values, _ = self.raw(column)
+            values[~np.isfinite(values)] = np.nan
+            self._columns[column] = values
+        return self._columns[column]
+
+    def text(self, column: str) -> list[str]:
+        """First known value of a string column of each thing, `""` where there is none."""
+        found = [""] * len(self.keys)
+        if column in self._table.column_names:
+            values = self._table[column]
+            first = np.unique(self._place, return_index=True)
+            for place, row in zip(*first, strict=True):
+                found[place] = values[int(row)].as_py() or ""
+        return found
+
+
+def _places(table: pa.Table, keys: tuple[str, ...]) -> tuple[list[Key], NDArray[np.int64]]:
+    """Distinct keys in order of first appearance, and each row's index among them."""
+    place = np.zeros(len(table), dtype=np.int64)
+    if not keys:
+        return [()], place
+    encoded = [table[key].cast(pa.string()).fill_null("").combine_chunks().dictionary_encode() for key in keys]
+    encoded = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in encoded]
+    for column in encoded:
+        place = place * max(1, len(column.dictionary)) + column.indices.to_numpy(zero_copy_only=False)
+    _, first, inverse = np.unique(place, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    words = [column.dictionary.to_pylist() for column in encoded]
+    rows = first[order]
+    columns = [
+        [word[i] for i in column.indices.to_numpy(zero_copy_only=False)[rows]]
+        for word, column in zip(words, encoded, strict=True)
+    ]
+    return list(zip(*columns, strict=True)), rank[inverse]
+
+
+class View:
+    """A run as the rules see it.
+
+    Args:
+        run: The run.
+        until: Last step that counts: where the run went non-finite, what comes later says nothing about its cause.
+    """
+
+    def __init__(self, run: Run, until: int | None = None) -> None:
+        self.run = run
+        self.until = until
+        self._grids: dict[str, Grid] = {}
+
+    def grid(self, name: str) -> Grid:
+        """A table as arrays; empty arrays where the run has no such table."""
+        if name not in self._grids:
+            self._grids[name] = Grid(self.run.table(name), KEYS[name], self.until)
+        return self._grids[name]
+
+    @cached_property
+    def steps(self) -> NDArray[np.int64]:
+        """Every sampled step up to `until`, sorted."""
+        steps = np.asarray(self.run.steps, dtype=np.int64)
+        return steps if self.until is None else steps[steps <= self.until]
+
+    def series(self, column: str) -> Floats:
+        """A column of the `steps` table, one value for each of `self.steps`, NaN where unknown."""
+        grid = self.grid("steps")
+        values = np.full(len(self.steps), np.nan)
+        if len(grid.steps):
+            values[np.searchsorted(self.steps, grid.steps)] = grid[column][:, 0]
+        return values
+
+    @cached_property
+    def loss_fall(self) -> float | None:
+        """Share of the loss that training took away: 1 - late/early, medians; None where the run is too short."""
+        loss = self.series("loss")
+        loss = loss[np.isfinite(loss)]
+        if len(loss) < 4 or not len(self.steps):
+            return None
+        early = float(np.median(loss[: max(2, len(loss) // 6)]))
+        late = float(np.median(loss[-max(2, len(loss) // 4) :]))
+        return (early - late) / max(abs(early), 1e-12)
+
+    def started(self, step: int = 1) -> Bools:
+        """Which of `self.steps` come at or after `step`."""
+        return self.steps >= step
+
+
+def window(count: int, share: float = 1 / 3, least: int = 3) -> slice:
+    """The last `share` of `count` sampled steps, `least` of them if there are as many: what the run has come to."""
+    return slice(max(0, count - max(least, round(count * share))), count)
+
+
+def settled(values: Floats, share: float = 1 / 3) -> Floats:
+    """Median of each thing over the last steps of the run; NaN where it was never measured there."""
+    return median(values[window(len(values), share)])
+
+
+def median(values: Floats) -> Floats:
+    """Median over the first axis that ignores NaN and is NaN (without a warning) where there is nothing else."""
+    result = np.full(values.shape[1:], np.nan)
+    if values.ndim == 1:
+        kept = values[~np.isnan(values)]
+        return np.asarray(np.median(kept)) if len(kept) else result
+    full = ~np.isnan(values).all(axis=0)
+    if values.shape[0] and full.any():
+        result[full] = np.nanmedian(values[:, full], axis=0)
+    return result
+
+
+def lasting(mask: Bools, known: Bools, share: float = 1 / 3, least: float = 0.8) -> Bools:
+    """Things for which `mask` holds on at least `least` of the known steps of the last part, the very last included."""
+    part = window(len(mask), share)
+    mask, known = mask[part] & known[part], known[part]
+    seen = known.sum(axis=0)
+    if not len(mask):
+        return np.zeros(mask.shape[1:], dtype=bool)
+    final = len(known) - 1 - np.argmax(known[::-1], axis=0)
+    last = np.take_along_axis(mask, final[None], axis=0)[0]
+    return np.asarray((seen > 0) & last & (mask.sum(axis=0) >= least * seen))
+
+
+def spell(mask: Bools, known: Bools, steps: NDArray[np.int64]) -> tuple[int, int]:
+    """First and last step of the unbroken time, unknown steps bridged, for which `mask` held to the end of the run."""
+    held = np.flatnonzero(mask & known)
+    if not len(held):
+        return int(steps[0]), int(steps[-1])
+    broken = np.flatnonzero(known & ~mask)
+    broken = broken[broken < held[-1]]
+    begin = held[held > broken[-1]][0] if len(broken) else held[0]
+    return int(steps[begin]), int(steps[held[-1]])
