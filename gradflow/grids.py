@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from gradflow.records import Branch, Layer, Parameter, Stream
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
@@ -32,9 +34,10 @@ KEYS = {
 class Tables(Protocol):
     """What a picture needs of a run; `gradflow.Run` is one."""
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        """Content of `run.json`."""
+    branches: list[Branch]
+    layers: list[Layer]
+    streams: list[Stream]
+    parameters: list[Parameter]
 
     @property
     def steps(self) -> list[int]:
@@ -127,8 +130,9 @@ class View:
 
     def __init__(self, run: Tables) -> None:
         self.run = run
-        self.meta = run.meta
-        self.steps = run.steps
+        self.branches, self.layers = run.branches, run.layers
+        self.streams, self.parameters = run.streams, run.parameters
+        self.steps = run.steps  # found anew at each reading
         self._tables: dict[str, pa.Table] = {}
         self._places: dict[str, tuple[Ints, Ints, tuple[tuple[str, ...], ...]]] = {}
 
@@ -181,10 +185,12 @@ class View:
 
     def _in_order(self, table: str, names: tuple[tuple[str, ...], ...]) -> list[int]:
         """The keys in the order of the model; what `run.json` does not list follows as it appeared."""
+        listed: list[tuple[str, ...]]
         if table == "streams":
-            listed = [(s["name"], point) for s in self.meta.get("streams", []) for point in s.get("points", [])]
+            listed = [(stream.name, point) for stream in self.streams for point in stream.points]
         else:
-            listed = [(thing["name"],) for thing in self.meta.get("layers" if table == "attention" else table, [])]
+            kinds = {"branches": self.branches, "parameters": self.parameters}
+            listed = [(thing.name,) for thing in kinds.get(table, self.layers)]
         rank = {key: i for i, key in enumerate(listed)}
         return sorted(range(len(names)), key=lambda i: rank.get(names[i], len(rank)))
 

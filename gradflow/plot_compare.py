@@ -11,7 +11,6 @@ import numpy as np
 
 from gradflow import plot_style as style
 from gradflow.grids import Tables, View
-from gradflow.plot_time import draw_series
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +34,9 @@ def _over_steps(runs: Mapping[str, Tables], ax: Axes, column: str, *, unit: str,
         steps, values = View.of(run).series(column)
         if np.isfinite(values).any():
             line = look(number)
-            draw_series(ax, steps, values, color=line["color"], dashes=line["linestyle"], name=style.label(name, 30))
+            style.draw_series(
+                ax, steps, values, color=line["color"], dashes=line["linestyle"], name=style.label(name, 30)
+            )
             seen.append(values)
     if not seen:
         return style.nothing(ax, f"No {unit} was recorded")
@@ -48,7 +49,9 @@ def _over_steps(runs: Mapping[str, Tables], ax: Axes, column: str, *, unit: str,
     return ax
 
 
-def _over_relative_depth(runs: Mapping[str, Tables], ax: Axes, table: str, column: str, *, unit: str, log: bool = True) -> Axes:
+def _over_relative_depth(
+    runs: Mapping[str, Tables], ax: Axes, table: str, column: str, *, unit: str, log: bool = True
+) -> Axes:
     style.dress(ax, x="relative depth (0: input, 1: output), last sampled step", y=unit)
     seen: list[Floats] = []
     for number, (name, run) in enumerate(runs.items()):
@@ -73,27 +76,42 @@ def _over_relative_depth(runs: Mapping[str, Tables], ax: Axes, table: str, colum
 
 
 def plot_compare_loss(runs: Mapping[str, Tables], ax: Axes) -> Axes:
-    """Loss over steps. Read it: lower and earlier is better; a line that stays level has not learned."""
+    """Loss over steps.
+
+    Read it: lower and earlier is better; a level line has not learned.
+    """
     return _over_steps(runs, ax, "loss", unit="loss", log=False)
 
 
 def plot_compare_grad_norm(runs: Mapping[str, Tables], ax: Axes) -> Axes:
-    """Global gradient norm over steps. Read it: spikes and climbs come before trouble."""
+    """Global gradient norm over steps.
+
+    Read it: spikes and climbs come before trouble.
+    """
     return _over_steps(runs, ax, "grad_norm", unit="gradient norm (L2)", log=True)
 
 
 def plot_compare_signal(runs: Mapping[str, Tables], ax: Axes) -> Axes:
-    """RMS of the stream or trunk over relative depth. Read it: straight climbs are exponential growth."""
+    """RMS of the stream or trunk over relative depth.
+
+    Read it: a straight climb is exponential growth; a fall means that the signal dies.
+    """
     return _over_relative_depth(runs, ax, "streams", "out_rms", unit="RMS of the stream or trunk")
 
 
 def plot_compare_gradient(runs: Mapping[str, Tables], ax: Axes) -> Axes:
-    """RMS of the gradient over relative depth. Read it from the right: a fall to the left is a gradient that vanishes."""
+    """RMS of the gradient over relative depth.
+
+    Read it from the right, where the gradient starts: a fall towards the left is a gradient that vanishes.
+    """
     return _over_relative_depth(runs, ax, "streams", "grad_rms", unit="RMS of the gradient ∂L/∂x")
 
 
 def plot_compare_tokens(runs: Mapping[str, Tables], ax: Axes) -> Axes:
-    """Token cosine over relative depth. Read it: at 1 all tokens are the same."""
+    """Mean cosine between tokens over relative depth.
+
+    Read it: at 1 all tokens are the same, and nothing can tell them apart.
+    """
     _over_relative_depth(runs, ax, "streams", "token_cosine", unit="cosine between tokens", log=False)
     if ax.axison:
         ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.03)
@@ -101,5 +119,8 @@ def plot_compare_tokens(runs: Mapping[str, Tables], ax: Axes) -> Axes:
 
 
 def plot_compare_ratio(runs: Mapping[str, Tables], ax: Axes) -> Axes:
-    """Branch over skip over relative depth. Read it: under 1e-3 a branch is silent, above 1 it outweighs the stream."""
+    """Branch over skip over relative depth.
+
+    Read it: under 10⁻³ a branch is silent, above 1 it outweighs the stream.
+    """
     return _over_relative_depth(runs, ax, "branches", "branch_ratio", unit="branch RMS / skip RMS")

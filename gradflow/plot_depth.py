@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-SEVERITY_COLOR = {"error": style.VERMILLION, "warning": style.THEME["amber"][0], "info": style.BLUE}
 MARKERS = ("o", "s", "^")
 
 
@@ -44,7 +43,7 @@ def stretches(view: View, grid: Grid, table: str) -> list[Stretch]:
     if table == "streams":
         groups = [name[0] for name in grid.names]
     elif table == "branches":
-        stream_of = {branch["name"]: branch.get("stream", "") for branch in view.meta.get("branches", [])}
+        stream_of = {branch.name: branch.stream for branch in view.branches}
         groups = [stream_of.get(name[0], "") for name in grid.names]
     else:
         groups = [""] * len(grid.names)
@@ -55,20 +54,6 @@ def stretches(view: View, grid: Grid, table: str) -> list[Stretch]:
         result.append(Stretch(group, index, start + np.arange(count[group])))
         start += count[group] - 1 + max(gap, 1.0)
     return result
-
-
-def pick_stages(grid: Grid) -> list[int]:
-    """First, middle and last step at which the grid holds anything (fewer where there are fewer)."""
-    steps = grid.recorded_steps()
-    if len(steps) < 3:
-        return steps
-    middle = min(steps[1:-1], key=lambda step: abs(step - (steps[0] + steps[-1]) / 2))
-    return [steps[0], middle, steps[-1]]
-
-
-def stage_styles(count: int) -> Sequence[dict[str, Any]]:
-    """Line styles for so many stages; the last is always the strong one."""
-    return {1: style.STAGES[2:], 2: (style.STAGES[0], style.STAGES[2])}.get(count, style.STAGES)
 
 
 def roles_of(labels: Sequence[str]) -> list[str]:
@@ -83,28 +68,40 @@ def roles_of(labels: Sequence[str]) -> list[str]:
 def draw_stages(view: View, ax: Axes, table: str, column: str, *, split: bool = False) -> Grid:
     """The column over depth as one line a stage (and role), and marks where a value is zero or not finite."""
     grid = view.grid(table, column)
-    parts, stages = stretches(view, grid, table), pick_stages(grid)
+    parts, stages = stretches(view, grid, table), style.stages(grid)
     roles = np.array(roles_of(grid.labels) if split else [""] * len(grid.names))
-    for step, look in zip(stages, stage_styles(len(stages)), strict=False):
-        values, last, text = grid.row(step), step == stages[-1], f"step {step:,}"
+    for step, look in stages:
+        values, last, text = grid.row(step), step == stages[-1][0], f"step {step:,}"
         for part in parts:
             for kind, role in enumerate(dict.fromkeys(roles)):
                 keep = roles[part.index] == role
                 x, y = part.x[keep], values[part.index][keep]
-                marked = {"marker": MARKERS[kind], "markevery": max(1, len(x) // 10), "markersize": 4} if role and last else {}
+                marked = (
+                    {"marker": MARKERS[kind], "markevery": max(1, len(x) // 10), "markersize": 4}
+                    if role and last
+                    else {}
+                )
                 dot = {"marker": ".", "markersize": 4} if len(x) < 3 and not marked else {}
                 ax.plot(x, y, label=text, **{**look, **marked, **dot})
                 text = "_"
     _role_legend(ax, [role for role in dict.fromkeys(roles) if role])
     _breaks(ax, parts)
     if stages:
-        _edge_marks(ax, grid, parts, stages[-1])
+        _edge_marks(ax, grid, parts, stages[-1][0])
     return grid
 
 
 def _role_legend(ax: Axes, roles: list[str]) -> None:
     for kind, role in enumerate(roles):
-        ax.plot([], [], linestyle="none", marker=MARKERS[kind], markersize=4, color=style.STAGES[2]["color"], label=style.label(role, 16))
+        ax.plot(
+            [],
+            [],
+            linestyle="none",
+            marker=MARKERS[kind],
+            markersize=4,
+            color=style.STAGES[2]["color"],
+            label=style.label(role, 16),
+        )
 
 
 def _breaks(ax: Axes, parts: list[Stretch]) -> None:
@@ -131,7 +128,7 @@ def _edge_marks(ax: Axes, grid: Grid, parts: list[Stretch], step: int) -> None:
 
 def mark_findings(view: View, ax: Axes, grid: Grid, table: str, findings: Iterable[Finding]) -> None:
     """Triangles on the depth axis under what a finding names."""
-    join_of = {branch["name"]: branch.get("join", "") for branch in view.meta.get("branches", [])}
+    join_of = {branch.name: branch.join for branch in view.branches}
     for severity in ("error", "warning"):
         named = {name for finding in findings if finding.severity == severity for name in finding.where}
         named |= {join_of[name] for name in named & join_of.keys()}
@@ -139,7 +136,9 @@ def mark_findings(view: View, ax: Axes, grid: Grid, table: str, findings: Iterab
         x = np.zeros(len(flags))
         for part in stretches(view, grid, table):
             x[part.index] = part.x
-        style.marks(ax, x, flags, at=-0.012, marker="^", color=SEVERITY_COLOR[severity], text=f"named by a finding ({severity})")
+        style.marks(
+            ax, x, flags, at=-0.012, marker="^", color=style.SEVERITY[severity], text=f"named by a finding ({severity})"
+        )
 
 
 def over_depth(
@@ -159,14 +158,14 @@ def _depth_axis(view: View, table: str) -> str:
     if table == "branches":
         return "branch, in order of execution"
     if table == "streams":
-        trunk = any(stream.get("kind") == "trunk" for stream in view.meta.get("streams", []))
+        trunk = any(stream.kind == "trunk" for stream in view.streams)
         return "position along the trunk" if trunk else "joins passed (0: start of the stream)"
     return {"attention": "attention call", "parameters": "parameter"}.get(table, "layer") + ", in order of execution"
 
 
 def finish(ax: Axes, grid: Grid, *, least_span: float = 4.0, also: Sequence[float] | Floats = ()) -> Axes:
     """Scale the axes to the drawn steps and `also`, and add the legend."""
-    rows = [grid.row(step) for step in pick_stages(grid)]
+    rows = [grid.row(step) for step, _ in style.stages(grid)]
     values = np.concatenate([*rows, np.asarray(also, dtype=np.float64)]) if rows else np.asarray(also, dtype=np.float64)
     if ax.get_yscale() == "log":
         style.log_axis(ax.yaxis, values, least_span=least_span)
@@ -178,18 +177,18 @@ def finish(ax: Axes, grid: Grid, *, least_span: float = 4.0, also: Sequence[floa
 
 
 def _placement(view: View, stream: str) -> str:
-    found = Counter(b.get("placement", "none") for b in view.meta.get("branches", []) if b.get("stream", "") == stream)
+    found = Counter(branch.placement for branch in view.branches if branch.stream == stream)
     return found.most_common(1)[0][0] if found else "none"
 
 
 def _theory(ax: Axes, x: Floats, y: Floats, text: str) -> None:
-    ax.plot(x, y, color=style.THEORY, linestyle=(0, (5, 2, 1, 2)), linewidth=1.3, label=text, zorder=1.5)
+    ax.plot(x, y, color=style.THEORY, linestyle=style.REFERENCE, linewidth=1.3, label=text, zorder=1.5)
 
 
 def plot_signal_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
     """RMS of the stream (or trunk) at each of its points.
 
-    Read it: a pre-norm stream grows slowly, like √depth; a straight climb on this logarithmic axis is exponential growth,
+    Read it: a pre-norm stream grows slowly, like √depth. A straight climb on this logarithmic axis is exponential growth;
     a fall means that the signal dies.
     """
     _, grid = over_depth(run, ax, "streams", "out_rms", unit="RMS of the stream", findings=findings)
@@ -197,7 +196,10 @@ def plot_signal_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()
 
 
 def plot_branch_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """RMS of what each branch adds. Read it: even sizes are healthy; a branch near 0 adds nothing."""
+    """RMS of what each branch adds to the stream.
+
+    Read it: even sizes are healthy; a branch near 0 adds nothing.
+    """
     _, grid = over_depth(run, ax, "branches", "branch_rms", unit="RMS of the branch", split=True, findings=findings)
     return finish(ax, grid)
 
@@ -205,9 +207,12 @@ def plot_branch_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()
 def plot_ratio_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
     """Branch over skip, with 1/√l, its value in a pre-norm stack of equal branches at initialisation.
 
-    Read it: under 1e-3 the branch is silent, above 1 it outweighs the stream.
+    Read it: under 10⁻³ a branch is silent, above 1 it outweighs the stream. In a pre-norm stack of equal branches it
+    starts as 1/√l.
     """
-    view, grid = over_depth(run, ax, "branches", "branch_ratio", unit="branch RMS / skip RMS", split=True, findings=findings)
+    view, grid = over_depth(
+        run, ax, "branches", "branch_ratio", unit="branch RMS / skip RMS", split=True, findings=findings
+    )
     drawn: list[float] = []
     for part in stretches(view, grid, "branches"):
         if _placement(view, part.name) == "pre-norm":
@@ -219,21 +224,26 @@ def plot_ratio_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ())
 
 
 def plot_gradient_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """RMS of the loss's gradient at each point of the stream (or trunk).
+    """RMS of the loss's gradient at each point of the stream (or trunk), with theory at initialisation.
 
-    Read it from the right, where it starts: a fall towards the left is a vanishing gradient, a climb an exploding one. The
-    dashed curve is theory at initialisation, tied to the first step's last point: √((L+1)/(l+1)) for pre-norm, flat for
-    post-norm.
+    Theory is tied to the first step's last point: √((L+1)/(l+1)) for pre-norm, flat for post-norm.
+
+    Read it from the right, where the gradient starts: a fall towards the left is a vanishing gradient, a climb an
+    exploding one.
     """
     view, grid = over_depth(run, ax, "streams", "grad_rms", unit="RMS of the gradient ∂L/∂x", findings=findings)
     drawn: list[float] = []
-    stages = pick_stages(grid)
+    stages = style.stages(grid)
     for part in stretches(view, grid, "streams") if stages else []:
-        placement, end = _placement(view, part.name), grid.row(stages[0])[part.index][-1]
+        placement, end = _placement(view, part.name), grid.row(stages[0][0])[part.index][-1]
         if placement == "none" or not end > 0:
             continue
         depth = np.arange(float(len(part.x)))
-        growth = np.sqrt(theory.prenorm_gradient_growth(depth, depth[-1])) if placement == "pre-norm" else np.ones_like(depth)
+        growth = (
+            np.sqrt(theory.prenorm_gradient_growth(depth, depth[-1]))
+            if placement == "pre-norm"
+            else np.ones_like(depth)
+        )
         _theory(ax, part.x, end * growth, "_" if drawn else f"theory at init ({placement})")
         drawn += [float(value) for value in end * growth]
     return finish(ax, grid, also=drawn)
@@ -245,32 +255,46 @@ def plot_gain_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) 
     Read it: 1 passes the gradient on as it is. Gains multiply: 0.9 at each of 50 joins leaves 0.5 % of the gradient.
     """
     _, grid = over_depth(run, ax, "branches", "gain", unit="gain of the gradient", split=True, findings=findings)
-    ax.axhline(1.0, color=style.THEORY, linestyle=(0, (5, 2, 1, 2)), linewidth=1.1, zorder=1)
+    style.reference(ax, 1.0)
     return finish(ax, grid, also=[1.0], least_span=3.0)
 
 
 def plot_token_cosine(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Mean cosine between positions of one sequence. Read it: at 1 all tokens are the same, and nothing can be told apart."""
-    _, grid = over_depth(run, ax, "streams", "token_cosine", unit="cosine between tokens", scale="linear", findings=findings)
+    """Mean cosine between positions of one sequence.
+
+    Read it: at 1 all tokens are the same, and nothing can tell them apart.
+    """
+    _, grid = over_depth(
+        run, ax, "streams", "token_cosine", unit="cosine between tokens", scale="linear", findings=findings
+    )
     finish(ax, grid)
     ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.03)
     return ax
 
 
 def plot_effective_rank(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Effective rank of the sampled rows (directions that they really use). Read it: near 1, all rows are one direction."""
+    """Effective rank of the sampled rows.
+
+    Read it: so many directions do the rows really use. Near 1 they all lie along one.
+    """
     _, grid = over_depth(run, ax, "streams", "effective_rank", unit="effective rank (directions)", findings=findings)
-    return finish(ax, grid, also=[1.0])
+    return finish(ax, grid, least_span=10.0)
 
 
 def plot_outliers(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Largest over median absolute value. Read it: about 5 is normal noise; over 1,000 a few elements carry the norm."""
+    """Largest over median absolute value.
+
+    Read it: about 5 is ordinary; over 1,000 a few elements carry the norm.
+    """
     _, grid = over_depth(run, ax, "streams", "max_over_median", unit="largest / median |x|", findings=findings)
     return finish(ax, grid)
 
 
 def plot_attention_entropy(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Entropy of attention over its largest possible value, ln(keys). Read it: 1 looks at all tokens alike, 0 at one only."""
+    """Entropy of attention over its largest possible value, ln(keys).
+
+    Read it: 1 looks at all tokens alike, 0 at a single one.
+    """
     view = View.of(run)
     style.dress(ax, x=_depth_axis(view, "attention"), y="entropy / ln(keys)")
     entropy, keys = view.grid("attention", "entropy"), view.grid("attention", "keys")
@@ -278,8 +302,7 @@ def plot_attention_entropy(run: Tables, ax: Axes, *, findings: Iterable[Finding]
         part = np.where(keys.values > 1, entropy.values / np.log(keys.values), np.nan)
     grid = Grid(entropy.steps, entropy.names, part, entropy.broken)
     x = np.arange(1.0, len(grid.names) + 1)
-    stages = pick_stages(grid)
-    for step, look in zip(stages, stage_styles(len(stages)), strict=False):
+    for step, look in style.stages(grid):
         ax.plot(x, grid.row(step), label=f"step {step:,}", marker=".", markersize=3.5, **look)
     mark_findings(view, ax, grid, "attention", findings)
     finish(ax, grid)
@@ -288,6 +311,9 @@ def plot_attention_entropy(run: Tables, ax: Axes, *, findings: Iterable[Finding]
 
 
 def plot_attention_logits(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Largest attention logit. Read it: tens are usual; growth into the hundreds comes before instability."""
+    """Largest attention logit, in absolute value.
+
+    Read it: tens are usual; growth into the hundreds comes before instability.
+    """
     _, grid = over_depth(run, ax, "attention", "logit_max", unit="largest |logit|", findings=findings)
     return finish(ax, grid)

@@ -41,10 +41,10 @@ def colours(values: Floats, scale: Scale) -> Colours:
     known = values[np.isfinite(values) & ((values > 0) | (scale in {"around 0", "linear"}))]
     low, high = (float(v) for v in np.percentile(known, [1, 99])) if known.size else (0.1, 1.0)
     if scale == "around 0":
-        most = max(abs(low), abs(high), 0.1)
+        most = _round_up(max(abs(low), abs(high)), (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0))
         return Colours(style.DIVERGING, Normalize(-most, most), [-most, -most / 2, 0.0, most / 2, most])
     if scale == "around 1":
-        most = max(high, 1 / low, 1.25)
+        most = _round_up(max(high, 1 / low), (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1e3, 1e6, 1e12))
         return Colours(style.DIVERGING, LogNorm(1 / most, most), [1 / most, most**-0.5, 1.0, most**0.5, most])
     if scale == "linear":
         high = max(high, low + 0.05)
@@ -52,6 +52,10 @@ def colours(values: Floats, scale: Scale) -> Colours:
     if high / low < 2:
         low, high = low / 1.4, high * 1.4
     return Colours(style.SEQUENTIAL, LogNorm(low, high), style.log_ticks(low, high))
+
+
+def _round_up(value: float, choices: tuple[float, ...]) -> float:
+    return next((choice for choice in choices if choice >= value), choices[-1])
 
 
 def draw_map(ax: Axes, grid: Grid, *, unit: str, scale: Scale) -> Axes:
@@ -63,7 +67,12 @@ def draw_map(ax: Axes, grid: Grid, *, unit: str, scale: Scale) -> Axes:
     if scale in {"log", "around 1"}:  # zero has no logarithm; it is the far low end all the same
         pixels[values.T == 0] = mpl.colormaps[look.map](0.0)
     pixels[broken.T] = to_rgba(style.BROKEN)
-    ax.imshow((pixels * 255).astype(np.uint8), aspect="auto", interpolation="none", extent=(0, values.shape[0], len(grid.names), 0))
+    ax.imshow(
+        (pixels * 255).astype(np.uint8),
+        aspect="auto",
+        interpolation="none",
+        extent=(0, values.shape[0], len(grid.names), 0),
+    )
     style.dress(ax, x="sampled step", y="")
     ax.grid(visible=False)
     _name_rows(ax, grid)
@@ -104,32 +113,50 @@ def _map(run: Tables, ax: Axes, table: str, column: str, *, unit: str, scale: Sc
 
 
 def plot_ratio_map(run: Tables, ax: Axes) -> Axes:
-    """Branch over skip, by branch and step. Read it: dark rows add little; a row that darkens goes silent."""
+    """Branch over skip, by branch and step.
+
+    Read it: the input is at the top. Dark rows add little; a row that darkens goes silent.
+    """
     return _map(run, ax, "branches", "branch_ratio", unit="branch RMS / skip RMS", scale="log")
 
 
 def plot_cosine_map(run: Tables, ax: Axes) -> Axes:
-    """Cosine of branch and skip. Read it: 0 (pale) writes something new, + amplifies what is there, − erases it."""
+    """Cosine of branch and skip, by branch and step.
+
+    Read it: pale (0) writes something new, orange amplifies what is there, purple erases it.
+    """
     return _map(run, ax, "branches", "cosine", unit="cosine of branch and skip", scale="around 0")
 
 
 def plot_gain_map(run: Tables, ax: Axes) -> Axes:
-    """Gain of the gradient at each join. Read it: pale passes it on; one colour down a whole column multiplies up."""
+    """Gain of the gradient at each join, by branch and step.
+
+    Read it: pale (1) passes the gradient on; one colour down a whole column multiplies up.
+    """
     return _map(run, ax, "branches", "gain", unit="gain of the gradient", scale="around 1")
 
 
 def plot_gradient_map(run: Tables, ax: Axes) -> Axes:
-    """Gradient at each point of the stream or trunk. Read it: columns should be of one colour; a dark top has no gradient."""
+    """RMS of the gradient at each point of the stream or trunk, by step.
+
+    Read it: columns of one colour are healthy; a dark top gets no gradient.
+    """
     return _map(run, ax, "streams", "grad_rms", unit="RMS of the gradient ∂L/∂x", scale="log")
 
 
 def plot_signal_map(run: Tables, ax: Axes) -> Axes:
-    """Size of the stream at each point. Read it: a jump down a column is growth with depth, along a row growth with time."""
+    """RMS of the stream at each of its points, by step.
+
+    Read it: a change down a column is growth with depth, along a row growth with time.
+    """
     return _map(run, ax, "streams", "out_rms", unit="RMS of the stream", scale="log")
 
 
 def plot_update_map(run: Tables, ax: Axes) -> Axes:
-    """Update over weight of each weight matrix. Read it: about 10⁻³ is usual; dark rows hardly train."""
+    """Update over weight of each weight matrix, by step.
+
+    Read it: about 10⁻³ is usual; dark rows hardly train.
+    """
     view = View.of(run)
     grid = view.grid("parameters", "update_ratio")
     grid = grid.select(matrices(view, grid))
@@ -140,6 +167,6 @@ def plot_update_map(run: Tables, ax: Axes) -> Axes:
 
 def matrices(view: View, grid: Grid) -> list[int]:
     """Positions of the parameters with two or more dimensions; all of them where shapes are not known."""
-    shapes = {parameter["name"]: parameter.get("shape", []) for parameter in view.meta.get("parameters", [])}
+    shapes = {parameter.name: parameter.shape for parameter in view.parameters}
     keep = [i for i, name in enumerate(grid.labels) if len(shapes.get(name, (1, 1))) >= 2]
     return keep or list(range(len(grid.names)))

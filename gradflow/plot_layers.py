@@ -23,19 +23,11 @@ USUAL_UPDATE = 1e-3
 """Update over weight that usually trains well (a rule of thumb; Karpathy's 2015 course notes, CS231n)."""
 
 
-def _stages(view: View, table: str, column: str) -> tuple[list[int], list[dict[str, object]]]:
-    steps = view.grid(table, column).recorded_steps()
-    if len(steps) > 2:
-        middle = min(steps[1:-1], key=lambda step: abs(step - (steps[0] + steps[-1]) / 2))
-        return [steps[0], middle, steps[-1]], list(style.STAGES)
-    return steps, list(style.STAGES[3 - len(steps) :]) if len(steps) < 2 else [style.STAGES[0], style.STAGES[2]]
-
-
 def plot_units(run: Tables, ax: Axes) -> Axes:
     """The layers with the most dead or saturated units at the last sampled step.
 
-    Read it: dead units are zero on every position of the step, so nothing behind them learns; saturated ones pass hardly
-    any gradient. The rules are at 10 % and 40 % dead.
+    Read it: the worst layers of the last step. Dead units are zero on every position, so nothing behind them learns;
+    saturated ones pass hardly any gradient.
     """
     view = View.of(run)
     kinds = {"dead_fraction": "dead units", "saturated_fraction": "saturated elements"}
@@ -45,7 +37,9 @@ def plot_units(run: Tables, ax: Axes) -> Axes:
         return style.nothing(ax, "No activation function was recorded")
     labels = grids["dead_fraction"].labels
     worst = np.fmax.reduce(list(last.values()))
-    order = [int(i) for i in np.argsort(-np.nan_to_num(worst, nan=-1.0), kind="stable") if np.isfinite(worst[i])][:WORST]
+    order = [int(i) for i in np.argsort(-np.nan_to_num(worst, nan=-1.0), kind="stable") if np.isfinite(worst[i])][
+        :WORST
+    ]
     common, _, names = style.rows_of_names([labels[i] for i in order], limit=WORST)
     style.dress(ax, x="part of the layer (%)", y=style.label(f"{common}. …" if common else "", 34))
     places, height = np.arange(len(order), dtype=np.float64), 0.8 / len(last)
@@ -63,27 +57,28 @@ def plot_units(run: Tables, ax: Axes) -> Axes:
 
 
 def plot_update_ratio(run: Tables, ax: Axes) -> Axes:
-    """Length of the update over length of the weights, for each weight matrix in the order of the model.
+    """Length of the update over length of the weights, a dot for each weight matrix.
 
-    Read it: around the dashed line at 1e-3 training usually goes well; far below, the matrix hardly moves, far above, it
-    forgets.
+    Read it: around 10⁻³ training usually goes well. Far below it a matrix hardly moves, far above it forgets.
     """
     view = View.of(run)
     grid = view.grid("parameters", "update_ratio")
-    shapes = {parameter["name"]: parameter.get("shape", []) for parameter in view.meta.get("parameters", [])}
+    shapes = {parameter.name: parameter.shape for parameter in view.parameters}
     keep = [i for i, name in enumerate(grid.labels) if len(shapes.get(name, (1, 1))) >= 2]
     grid = grid.select(keep or range(len(grid.names)))
     if grid.empty:
         return style.nothing(ax, "No updates were recorded")
     style.dress(ax, x="weight matrix, in the order of the model", y="update / weight")
     x = np.arange(1.0, len(grid.names) + 1)
-    stages, looks = _stages(view, "parameters", "update_ratio")
-    rows = [grid.row(step) for step in stages]
-    for step, row, look in zip(stages, rows, looks, strict=True):
-        ax.plot(x, row, linestyle="none", marker="o", markersize=3, color=str(look["color"]), label=f"step {step:,}")
+    stages = style.stages(grid)
+    rows = [grid.row(step) for step, _ in stages]
+    for (step, look), row in zip(stages, rows, strict=True):
+        ax.plot(x, row, linestyle="none", marker="o", markersize=3, color=look["color"], label=f"step {step:,}")
     ax.set_yscale("log")
-    style.marks(ax, x, rows[-1] == 0, at=0.02, marker="v", color=style.VERMILLION, text=f"no update at step {stages[-1]:,}")
-    ax.axhline(USUAL_UPDATE, color=style.THEORY, linestyle=(0, (5, 2, 1, 2)), linewidth=1.2, label="rule of thumb: 10⁻³")
+    style.marks(
+        ax, x, rows[-1] == 0, at=0.02, marker="v", color=style.VERMILLION, text=f"no update at step {stages[-1][0]:,}"
+    )
+    style.reference(ax, USUAL_UPDATE, "rule of thumb: 10⁻³")
     style.log_axis(ax.yaxis, np.concatenate([*rows, [USUAL_UPDATE]]))
     style.linear_axis(ax.xaxis, integer=True, most=8)
     style.legend(ax)
@@ -91,23 +86,24 @@ def plot_update_ratio(run: Tables, ax: Axes) -> Axes:
 
 
 def plot_path_lengths(run: Tables, ax: Axes) -> Axes:
-    """How much of the gradient's energy went through k branches on its way back (theory.path_length_distribution).
+    """How much of the gradient's energy crossed k branches on its way back (`theory.path_length_distribution`).
 
-    From what each branch returns over what the skip returns, as if the two were independent. Read it: a deep residual net
-    trains mostly through short paths (Veit 2016); mass at 0 alone means that the branches hardly take part.
+    From what each branch returns over what the skip returns, as if the two were independent.
+
+    Read it: most of the gradient takes short paths (Veit 2016). All of it at 0 means that the branches hardly take part.
     """
     view = View.of(run)
     grid = view.grid("branches", "grad_branch_ratio")
-    stages, looks = _stages(view, "branches", "grad_branch_ratio")
+    stages = style.stages(grid)
     if not stages:
         return style.nothing(ax, "No gradients of branches were recorded")
     style.dress(ax, x="branches on the way (k)", y="part of the gradient's energy (%)")
     longest = 1
-    for step, look in zip(stages, looks, strict=True):
+    for step, look in stages:
         energy = grid.row(step) ** 2
         lengths = 100 * theory.path_length_distribution([float(b) for b in energy if np.isfinite(b)])
         longest = max(longest, int(np.searchsorted(np.cumsum(lengths), 99.9)) + 1)
-        ax.plot(np.arange(len(lengths)), lengths, marker=".", markersize=4, label=f"step {step:,}", **look)  # type: ignore[arg-type]
+        ax.plot(np.arange(len(lengths)), lengths, marker=".", markersize=4, label=f"step {step:,}", **look)
     ax.set_xlim(-0.3, min(longest, len(grid.names)) + 0.3)
     ax.set_ylim(bottom=0)
     style.linear_axis(ax.xaxis, integer=True, most=8)

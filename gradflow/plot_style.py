@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from numpy.typing import NDArray
 
+    from gradflow.grids import Grid
+
     Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
 
 THEME: dict[str, tuple[str, str]] = {
     "ink": ("#1c2430", "#e6e9ef"),
@@ -50,10 +53,13 @@ STAGES = (
     {"color": THEME["late"][0], "linestyle": "-", "linewidth": 1.8},
 )
 """Line of the first, the middle and the last sampled step: told apart by dashes as well as by colour."""
+SEVERITY = {"error": VERMILLION, "warning": THEME["amber"][0], "info": BLUE}
 SERIES = tuple(THEME[name][0] for name in ("blue", "vermillion", "green", "purple", "ink", "amber", "sky"))
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 SEQUENTIAL, DIVERGING = "viridis", "PuOr_r"
 SIZE = (5.2, 3.3)  # inches; at 72 units an inch the type is legible on a phone at full width
+REFERENCE = (0, (5, 2, 1, 2))
+MOST_POINTS = 400  # of a line over steps
 HEIGHT_OF_NAMES = 14  # labels that fit beside a heat map
 
 SETTINGS: dict[str, object] = {
@@ -174,6 +180,36 @@ def linear_axis(axis: Axis, *, integer: bool = False, most: int = 6) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: number(round(value, 12))))
 
 
+def stages(grid: Grid) -> list[tuple[int, dict[str, Any]]]:
+    """First, middle and last step at which the grid holds anything (fewer where there are fewer), each with its line."""
+    steps = grid.recorded_steps()
+    if len(steps) < 3:
+        return list(zip(steps, STAGES[2:] if len(steps) == 1 else (STAGES[0], STAGES[2]), strict=False))
+    middle = min(steps[1:-1], key=lambda step: abs(step - (steps[0] + steps[-1]) / 2))
+    return list(zip((steps[0], middle, steps[-1]), STAGES, strict=True))
+
+
+def draw_series(
+    ax: Axes, steps: Ints, values: Floats, *, color: str = BLUE, name: str = "_", dashes: Any = "-"
+) -> None:
+    """A line over steps; of a long run the mean of neighbouring steps, within the band that they span."""
+    known = np.isfinite(values)
+    x, y = steps[known].astype(np.float64), values[known]
+    if len(x) > MOST_POINTS:
+        starts = run_starts(len(x), MOST_POINTS)
+        count = np.diff(np.append(starts, len(x)))
+        low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+        x, y = x[starts], np.add.reduceat(y, starts) / count
+        ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    dot = {"marker": ".", "markersize": 5} if len(x) < 25 else {}
+    ax.plot(x, y, color=color, linewidth=1.6, linestyle=dashes, label=name, **dot)
+
+
+def reference(ax: Axes, y: float, text: str = "_") -> None:
+    """A dashed level that the data are to be compared with."""
+    ax.axhline(y, color=THEORY, linestyle=REFERENCE, linewidth=1.2, label=text, zorder=1.5)
+
+
 def marks(ax: Axes, x: Floats, flags: NDArray[np.bool_], *, at: float, marker: str, color: str, text: str) -> None:
     """Marks along the edge of the picture for values that have no place on its axis: zero, or not finite."""
     if flags.any():
@@ -187,21 +223,24 @@ def rows_of_names(labels: Sequence[str], limit: int = HEIGHT_OF_NAMES) -> tuple[
     """What the names have in common, and a few of them to show: (common prefix, positions, short names).
 
     All are shown where they fit. Otherwise one a module (the first of `h.3.attn`, `h.3.mlp` as `h.3`), then every
-    second module, and so on.
+    second module, and so on; never two so close that they would touch.
     """
     parts = [name.split(".") for name in labels]
     common = 0
     while parts and all(len(part) > common + 1 and part[common] == parts[0][common] for part in parts):
         common += 1
     short = [part[common:] for part in parts]
-    positions = list(range(len(short)))
-    drop = 0
+    positions, drop = list(range(len(short))), 0
     while len(positions) > limit and drop < 3:
         drop += 1
         keys = [tuple(part[: max(1, len(part) - drop)]) for part in short]
         positions = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     if len(positions) > limit:
         positions = [positions[i] for i in run_starts(len(positions), limit)]
-    whole = len(positions) == len(short)
-    names = [".".join(short[i] if whole else short[i][: max(1, len(short[i]) - drop)]) for i in positions]
-    return ".".join(parts[0][:common]) if parts else "", positions, names
+    least = 0.8 * len(short) / limit
+    apart: list[int] = []
+    for position in reversed(positions):  # from below, so that of two the deeper one stays: `h.0` rather than `embed`
+        if not apart or apart[-1] - position >= least:
+            apart.append(position)
+    names = [".".join(short[i][: max(1, len(short[i]) - drop)]) for i in reversed(apart)]
+    return ".".join(parts[0][:common]) if parts else "", apart[::-1], names

@@ -19,32 +19,15 @@ if TYPE_CHECKING:
     from gradflow.records import Finding
 
     Floats = NDArray[np.float64]
-    Ints = NDArray[np.int64]
 
-MOST_POINTS = 400
-SEVERITY_COLOR = {"error": style.VERMILLION, "warning": style.THEME["amber"][0], "info": style.BLUE}
 MOST_MARKED = 9
-
-
-def draw_series(ax: Axes, steps: Ints, values: Floats, *, color: str = style.BLUE, name: str = "", dashes: object = "-") -> None:
-    """A line over steps; of a long run the mean of neighbouring steps, within the band that they span."""
-    known = np.isfinite(values)
-    x, y = steps[known].astype(np.float64), values[known]
-    if len(x) > MOST_POINTS:
-        starts = run_starts(len(x), MOST_POINTS)
-        count = np.diff(np.append(starts, len(x)))
-        low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
-        x, y = x[starts], np.add.reduceat(y, starts) / count
-        ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    dot = {"marker": ".", "markersize": 5} if len(x) < 25 else {}
-    ax.plot(x, y, color=color, linewidth=1.6, linestyle=dashes, label=name or "_", **dot)  # type: ignore[arg-type]
 
 
 def mark_findings(ax: Axes, findings: Sequence[Finding]) -> None:
     """Numbered bars along the top: from the first to the last step at which each finding holds."""
     shown = [(i, f) for i, f in enumerate(findings, 1) if f.severity != "info"][:MOST_MARKED]
     for row, (at, finding) in enumerate(shown):
-        y, color = 1.03 + 0.055 * row, SEVERITY_COLOR[finding.severity]
+        y, color = 1.03 + 0.055 * row, style.SEVERITY[finding.severity]
         ax.plot(
             finding.steps, (y, y), color=color, linewidth=3, solid_capstyle="butt", marker="|", markersize=7, markeredgewidth=3,
             transform=ax.get_xaxis_transform(), clip_on=False,
@@ -61,7 +44,7 @@ def _over_steps(run: Tables, ax: Axes, column: str, *, unit: str, log: bool, fin
     if not len(steps) or np.isnan(values).all():
         return style.nothing(ax, f"No {unit} was recorded")
     style.dress(ax, x="optimizer step", y=unit)
-    draw_series(ax, steps, values)
+    style.draw_series(ax, steps, values)
     broken = ~np.isfinite(values) & ~view.table("steps")[column].is_null().to_numpy()
     style.marks(ax, steps.astype(np.float64), broken, at=0.97, marker="X", color=style.BROKEN, text="not finite")
     if log and np.nanmin(values) > 0:
@@ -76,17 +59,27 @@ def _over_steps(run: Tables, ax: Axes, column: str, *, unit: str, log: bool, fin
 
 
 def plot_loss(run: Tables, ax: Axes, *, findings: Sequence[Finding] = ()) -> Axes:
-    """Loss over steps, with the findings' spans above it, numbered as in the report. Read it: did the trouble hurt?"""
+    """Loss over steps, with the findings' spans above it, numbered as in the report.
+
+    Read it: the numbered bars above run from the first to the last step at which each finding holds. Did the trouble
+    hurt?
+    """
     return _over_steps(run, ax, "loss", unit="loss", log=False, findings=findings)
 
 
 def plot_grad_norm(run: Tables, ax: Axes, *, findings: Sequence[Finding] = ()) -> Axes:
-    """Global L2 norm of all parameter gradients, before clipping. Read it: level is healthy, spikes and climbs are not."""
+    """Global L2 norm of all parameter gradients.
+
+    Read it: taken before clipping. Level is healthy; spikes and climbs are not.
+    """
     return _over_steps(run, ax, "grad_norm", unit="gradient norm (L2)", log=True, findings=findings)
 
 
 def plot_learning_rate(run: Tables, ax: Axes, *, findings: Sequence[Finding] = ()) -> Axes:
-    """Learning rate of the first parameter group. Read it beside the loss: warm-up, decay."""
+    """Learning rate of the first parameter group.
+
+    Read it: beside the loss, to see warm-up and decay.
+    """
     return _over_steps(run, ax, "learning_rate", unit="learning rate", log=False, findings=findings)
 
 
@@ -94,14 +87,14 @@ def ledger_streams(view: View, column: str) -> list[str]:
     """Streams whose ledger was recorded, that of the most branches first."""
     shares = view.grid("branches", column)
     known = {label for label, any_ in zip(shares.labels, np.isfinite(shares.values).any(axis=0), strict=True) if any_}
-    streams = [branch.get("stream", "") for branch in view.meta.get("branches", []) if branch["name"] in known]
+    streams = [branch.stream for branch in view.branches if branch.name in known]
     return sorted(dict.fromkeys(streams), key=lambda name: -streams.count(name))
 
 
 def stream_ledger(view: View, column: str, stream: str) -> tuple[Floats, Grid]:
     """(share of the stream's own end entry, shape (step,); shares of its branches, a grid)."""
     shares = view.grid("branches", column)
-    inside = {branch["name"] for branch in view.meta.get("branches", []) if branch.get("stream", "") == stream}
+    inside = {branch.name for branch in view.branches if branch.stream == stream}
     ends = view.grid("streams", column).named(first=stream)
     with np.errstate(invalid="ignore"):
         own = np.where(np.isfinite(ends.values).any(axis=1), np.nansum(ends.values, axis=1), np.nan)
@@ -137,8 +130,8 @@ def _plot_ledger(run: Tables, ax: Axes, column: str, stream: str | None, own_nam
 
 def _stack(ax: Axes, steps: Floats, entries: Sequence[tuple[str, Floats, str]]) -> None:
     """Positive shares pile up from 0, negative ones (a branch that erases) hang down from it."""
-    if len(steps) > MOST_POINTS:
-        starts = run_starts(len(steps), MOST_POINTS)
+    if len(steps) > style.MOST_POINTS:
+        starts = run_starts(len(steps), style.MOST_POINTS)
         count = np.diff(np.append(starts, len(steps)))
         entries = [(name, np.add.reduceat(share, starts) / count, color) for name, share, color in entries]
         steps = steps[starts]
@@ -153,17 +146,17 @@ def _stack(ax: Axes, steps: Floats, entries: Sequence[tuple[str, Floats, str]]) 
 
 
 def plot_signal_ledger(run: Tables, ax: Axes, *, stream: str | None = None) -> Axes:
-    """Who wrote the stream's end: shares of x_0 and of the branches, which sum to 1.
+    """Shares of x_0 and of the branches in the stream's end, by step (the forward ledger).
 
-    Read it: a wide grey band means that the output is still mostly the input; one wide colour, that few branches do the
-    work; below 0 hang branches that erase.
+    Read it: the shares sum to 1. A wide grey band means that the output is still mostly the input; what hangs below 0
+    erases.
     """
     return _plot_ledger(run, ax, "signal_share", stream, "x₀, the stream's start", "share of the stream's end")
 
 
 def plot_gradient_ledger(run: Tables, ax: Axes, *, stream: str | None = None) -> Axes:
-    """Which way the gradient at the stream's start came: the pure skip path and each branch, which sum to 1.
+    """Shares of the pure skip path and of the branches in the gradient at the stream's start, by step.
 
-    Read it: the grey band came back through additions alone, untouched by any branch.
+    Read it: the shares sum to 1. The grey band came back through additions alone, untouched by any branch.
     """
     return _plot_ledger(run, ax, "gradient_share", stream, "pure skip path", "share of the gradient at the start")

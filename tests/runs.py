@@ -26,7 +26,7 @@ HOSTILE = (
     "line\nbreak\ttab",
     "层归一化·ノルム·🙂",
     "x" * 300,
-    "lone\ud800surrogate",
+    "combining z̸̢̡\u0336\u0336algo",
 )
 
 
@@ -47,8 +47,9 @@ def table(name: str, rows: int, **columns) -> pa.Table:
         elif column.type == "string":
             arrays[column.name] = pa.DictionaryArray.from_arrays(*value).cast(kind) if isinstance(value, tuple) else pa.array(value, kind)
         else:
-            data = np.broadcast_to(np.asarray(value), rows)
-            arrays[column.name] = pa.array(data.astype(np.int64 if column.type == "int64" else np.float64))
+            data = np.broadcast_to(np.asarray(value, dtype=np.float64), rows)  # NaN: not recorded
+            whole = np.nan_to_num(data).astype(np.int64) if column.type == "int64" else data
+            arrays[column.name] = pa.array(whole, kind, mask=np.isnan(data))
     return pa.table(arrays)
 
 
@@ -180,8 +181,7 @@ class Maker:
         flat = {}
         for column, value in columns.items():
             flat[column] = value if isinstance(value, list) else np.asarray(value).reshape(-1) if np.ndim(value) else value
-        made = table(name, S * len(keys), step=spread(self.steps, len(keys)), **{key: names(keys, S)}, **flat)
-        return nan_to_null(made)
+        return table(name, S * len(keys), step=spread(self.steps, len(keys)), **{key: names(keys, S)}, **flat)
 
     def steps_table(self):
         progress = self.progress[:, 0]
@@ -204,23 +204,9 @@ class Maker:
             "config": {"every_n_steps": 50, "rows": 256, "tables": list(schema.TABLES)}, "started": "2026-01-05T10:00:00+00:00", "stopped": None, "problems": [],
         }  # fmt: skip
 
-    def run(self, problems=(), **meta) -> Run:
+    def run(self, left_out=(), **meta) -> Run:
         made = self.tables()
-        return Run({**self.meta(), **meta}, made, problems)
-
-
-def nan_to_null(frame: pa.Table) -> pa.Table:
-    """NaN stands for "not recorded" while a run is drawn up here."""
-    columns = []
-    for column in frame.columns:
-        array = column.combine_chunks()
-        if pa.types.is_floating(array.type):
-            array = pa.array(array.to_numpy(zero_copy_only=False), from_pandas=True)
-        elif pa.types.is_integer(array.type):
-            numbers = array.to_numpy(zero_copy_only=False)
-            array = pa.array(numbers, pa.int64(), mask=numbers == np.iinfo(np.int64).min)
-        columns.append(array)
-    return pa.table(columns, names=frame.column_names)
+        return Run({**self.meta(), **meta}, made, left_out)
 
 
 def prenorm(**options) -> Run:
@@ -250,7 +236,7 @@ def hostile() -> Run:
     maker = Maker(blocks=len(HOSTILE) // 2, last=100)
     maker.parts = [f"net.{name}" for name in HOSTILE]
     meta = {"model": HOSTILE[0], "precision": HOSTILE[1], "problems": [{"what": HOSTILE[2], "where": HOSTILE[5], "reason": HOSTILE[7]}]}
-    return maker.run(problems=[f"part {HOSTILE[1]} was left out"], **meta)
+    return maker.run(left_out=[f"part {HOSTILE[1]} was left out"], **meta)
 
 
 def broken(**options) -> Run:

@@ -1,0 +1,216 @@
+"""The gallery: every picture of a run, with its title and how to read it, drawn into figures, pages and files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+
+from gradflow import plot_compare, plot_depth, plot_heat, plot_layers, plot_time
+from gradflow import plot_style as style
+from gradflow.errors import UsageError
+from gradflow.grids import View
+from gradflow.plot_svg import new_figure, quiet, to_svg
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+
+    from matplotlib.axes import Axes
+
+    from gradflow.grids import Tables
+    from gradflow.records import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of the gallery.
+
+    Attributes:
+        key: Short name, unique in the gallery; file name of an export.
+        section: Heading that it stands under.
+        title: What it shows.
+        plot: The function that draws it; its docstring says how to read it.
+        needs: Table and columns, as in `"layers dead_fraction saturated_fraction"`; one of them must hold something.
+        marks: Whether it takes `findings` and marks them.
+    """
+
+    key: str
+    section: str
+    title: str
+    plot: Callable[..., Axes]
+    needs: str
+    marks: bool = False
+
+    @property
+    def reading(self) -> str:
+        """How to read it: what the docstring of its function says from "Read it" on (nothing under `python -OO`)."""
+        function = self.plot.func if isinstance(self.plot, partial) else self.plot
+        reading = " ".join((function.__doc__ or "").split()).partition("Read it")[2]
+        if not reading.startswith(":"):
+            return f"Read it{reading}" if reading else ""
+        reading = reading.removeprefix(":").strip()
+        return reading[:1].upper() + reading[1:]
+
+    def available(self, run: Tables) -> bool:
+        """Whether the run holds what the picture shows."""
+        table, *columns = self.needs.split()
+        return any(View.of(run).has(table, column) for column in columns)
+
+
+SIGNAL, GRADIENT, TRAINING, MAPS = "Signal over depth", "Gradient over depth", "Training", "Depth by step"
+TOKENS, LAYERS, ATTENTION, COMPARED = "Tokens", "Layers and parameters", "Attention", "Over relative depth"
+SECTIONS = (SIGNAL, GRADIENT, TRAINING, MAPS, TOKENS, LAYERS, ATTENTION, COMPARED)
+
+PICTURES: tuple[Picture, ...] = (
+    Picture("signal-depth", SIGNAL, "Size of the stream", plot_depth.plot_signal_depth, "streams out_rms", marks=True),
+    Picture("branch-depth", SIGNAL, "Size of each branch", plot_depth.plot_branch_depth, "branches branch_rms", marks=True),
+    Picture("ratio-depth", SIGNAL, "Branch over skip", plot_depth.plot_ratio_depth, "branches branch_ratio", marks=True),
+    Picture("gradient-depth", GRADIENT, "Size of the gradient", plot_depth.plot_gradient_depth, "streams grad_rms", marks=True),
+    Picture("gain-depth", GRADIENT, "Gain of each join", plot_depth.plot_gain_depth, "branches gain", marks=True),
+    Picture("path-lengths", GRADIENT, "How deep the gradient goes", plot_layers.plot_path_lengths, "branches grad_branch_ratio"),
+    Picture("loss", TRAINING, "Loss", plot_time.plot_loss, "steps loss", marks=True),
+    Picture("grad-norm", TRAINING, "Gradient norm", plot_time.plot_grad_norm, "steps grad_norm", marks=True),
+    Picture("ratio-map", MAPS, "Branch over skip", plot_heat.plot_ratio_map, "branches branch_ratio"),
+    Picture("gradient-map", MAPS, "Gradient at each point", plot_heat.plot_gradient_map, "streams grad_rms"),
+    Picture("cosine-map", MAPS, "Angle of branch and skip", plot_heat.plot_cosine_map, "branches cosine"),
+    Picture("gain-map", MAPS, "Gain of the gradient", plot_heat.plot_gain_map, "branches gain"),
+    Picture("signal-map", MAPS, "Size of the stream", plot_heat.plot_signal_map, "streams out_rms"),
+    Picture("update-map", MAPS, "Update over weight", plot_heat.plot_update_map, "parameters update_ratio"),
+    Picture("token-cosine", TOKENS, "Likeness of tokens", plot_depth.plot_token_cosine, "streams token_cosine", marks=True),
+    Picture("effective-rank", TOKENS, "Effective rank", plot_depth.plot_effective_rank, "streams effective_rank", marks=True),
+    Picture("outliers", TOKENS, "Largest element", plot_depth.plot_outliers, "streams max_over_median", marks=True),
+    Picture("units", LAYERS, "Dead and saturated units", plot_layers.plot_units, "layers dead_fraction saturated_fraction"),
+    Picture("update-ratio", LAYERS, "Update over weight", plot_layers.plot_update_ratio, "parameters update_ratio"),
+    Picture("attention-entropy", ATTENTION, "Entropy of attention", plot_depth.plot_attention_entropy, "attention entropy", marks=True),
+    Picture("attention-logits", ATTENTION, "Largest logit", plot_depth.plot_attention_logits, "attention logit_max", marks=True),
+)  # fmt: skip
+"""Every picture of one run, in the order of the report; the ledgers (`ledgers`) come beside them, one a stream."""
+
+COMPARISONS: tuple[Picture, ...] = (
+    Picture("compare-loss", TRAINING, "Loss", plot_compare.plot_compare_loss, "steps loss"),
+    Picture("compare-grad-norm", TRAINING, "Gradient norm", plot_compare.plot_compare_grad_norm, "steps grad_norm"),
+    Picture("compare-gradient", COMPARED, "Size of the gradient", plot_compare.plot_compare_gradient, "streams grad_rms"),
+    Picture("compare-tokens", COMPARED, "Likeness of tokens", plot_compare.plot_compare_tokens, "streams token_cosine"),
+    Picture("compare-signal", COMPARED, "Size of the stream", plot_compare.plot_compare_signal, "streams out_rms"),
+    Picture("compare-ratio", COMPARED, "Branch over skip", plot_compare.plot_compare_ratio, "branches branch_ratio"),
+)  # fmt: skip
+"""Pictures of several runs; their `plot` takes a mapping from name to run."""
+
+
+def ledgers(run: Tables, most: int = 3) -> list[Picture]:
+    """The forward and the backward ledger of each stream that has one, those of the most branches first."""
+    view, result = View.of(run), []
+    for column, key, section, title, plot in (
+        ("signal_share", "signal-ledger", SIGNAL, "Who wrote the output", plot_time.plot_signal_ledger),
+        ("gradient_share", "gradient-ledger", GRADIENT, "Which way the gradient came", plot_time.plot_gradient_ledger),
+    ):
+        streams = plot_time.ledger_streams(view, column)
+        for number, stream in enumerate(streams[:most]):
+            own = (f"{key}-{number}", f"{title} ({stream})") if len(streams) > 1 else (key, title)
+            result.append(Picture(own[0], section, own[1], partial(plot, stream=stream), f"branches {column}"))
+    return result
+
+
+def draw(
+    picture: Picture, run: Tables | Mapping[str, Tables], *, findings: Sequence[Finding] = (), title: bool = False
+) -> Figure:
+    """The picture as a figure of its own."""
+    options = {"findings": findings} if picture.marks else {}
+
+    def into(ax: Axes) -> None:
+        picture.plot(run, ax, **options)
+        if title:
+            ax.figure.suptitle(style.label(f"{picture.section}: {picture.title}", 80), fontsize=10, color=style.INK)  # type: ignore[union-attr]
+
+    return new_figure(into)
+
+
+def picture_svg(picture: Picture, run: Tables | Mapping[str, Tables], *, findings: Sequence[Finding] = ()) -> str:
+    """The picture as an `<svg>` element for a page, with a text alternative."""
+    figure = draw(picture, run, findings=findings)
+    return to_svg(figure, key=picture.key, title=style.printable(picture.title), description=describe(figure))
+
+
+def describe(figure: Figure) -> str:
+    """What a figure shows, in words with numbers, for those who do not see it."""
+    ax = figure.axes[0]
+    lines = [
+        _describe_line(line.get_label(), line.get_ydata())
+        for line in ax.lines
+        if not str(line.get_label()).startswith("_")
+    ]
+    unit = ax.get_ylabel() if not ax.images else figure.axes[-1].get_ylabel()
+    kind = "Heat map" if ax.images else ("Bars" if ax.patches else "Chart")
+    if ax.images and len(figure.axes) > 1:
+        low, high = figure.axes[-1].get_ylim()
+        lines = [f"colours from {style.number(low)} to {style.number(high)}", *lines]
+    return f"{kind} of {unit} against {ax.get_xlabel()}. " + "; ".join(filter(None, lines))
+
+
+def _describe_line(label: object, data: object) -> str:
+    values = np.asarray(data, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return ""
+    first, last, low, high = (style.number(float(v)) for v in (values[0], values[-1], values.min(), values.max()))
+    return f"{label}: {first} at the left, {last} at the right, between {low} and {high}"
+
+
+def export(
+    run: Tables, directory: str | os.PathLike[str], *, format: Literal["pdf", "png", "svg"] = "pdf", findings: Sequence[Finding] = (),  # noqa: A002
+) -> list[Path]:  # fmt: skip
+    """Write every picture that the run has data for as a file of its own into `directory`; return their paths.
+
+    Raises:
+        UsageError: `format` is none of pdf, png, svg.
+    """
+    if format not in {"pdf", "png", "svg"}:
+        raise UsageError(f"expected a format of pdf, png or svg, got {format!r}")
+    view, folder, written = View.of(run), Path(directory), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in (*PICTURES, *ledgers(view)):
+        if picture.available(view):
+            path = folder / f"{picture.key}.{format}"
+            _save(draw(picture, view, findings=findings, title=True), path, format)
+            written.append(path)
+    return written
+
+
+def _save(figure: Figure, path: Path, format: str) -> None:  # noqa: A002
+    with matplotlib.style.context(["default", style.SETTINGS]), quiet():
+        figure.savefig(
+            path, format=format, dpi=200, facecolor="white", metadata={"Date": None} if format == "svg" else None
+        )
+
+
+def overview(run: Tables, *, findings: Sequence[Finding] = ()) -> Figure:
+    """The six pictures that say most, in one figure: for a notebook (`run.plot()`) and for experiment loggers."""
+    view = View.of(run)
+    order = (
+        "signal-depth",
+        "ratio-depth",
+        "gradient-depth",
+        "loss",
+        "gradient-map",
+        "ratio-map",
+        "token-cosine",
+        "update-ratio",
+        "grad-norm",
+    )
+    known = {picture.key: picture for picture in PICTURES}
+    shown = [known[key] for key in order if known[key].available(view)][:6]
+    with matplotlib.style.context(["default", style.SETTINGS]), quiet():
+        figure = Figure(figsize=(12.6, 6.6), layout="constrained")
+        for number, picture in enumerate(shown, 1):
+            ax = figure.add_subplot(2, 3, number)
+            picture.plot(view, ax, **({"findings": findings} if picture.marks and picture.key != "loss" else {}))
+        if not shown:
+            style.nothing(figure.add_subplot(), "Nothing was recorded")
+    figure.set_facecolor("white")
+    return figure
