@@ -178,7 +178,7 @@ def _read_listing(storage: Storage, table: str, *, last: bool) -> tuple[pa.Table
         except (OSError, pa.ArrowException, ValueError) as error:
             if isinstance(error, FileNotFoundError) and not last:
                 raise
-            problems.append(f"{part.path(table)} left out: {str(error) or type(error).__name__!r:.300}")
+            problems.append(f"{part.path(table)} left out: {str(error) or type(error).__name__:.300}")
             continue
         tables.append((part, rows))
         room -= rows.num_rows

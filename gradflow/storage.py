@@ -1,4 +1,4 @@
-"""Where the files of a run live: a local folder or any fsspec URL, behind six operations.
+"""Where the files of a run live: a local folder or any fsspec URL, behind seven operations.
 
 What they promise: a reader sees whole files only, nothing but regular files is opened, and no path leads out of the
 folder. Failures are `OSError`; callers say what they were doing. No other module touches the file system of a run.
@@ -35,6 +35,9 @@ class Storage(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file; it may be gone already."""
 
+    def sweep(self, start: str) -> None:
+        """Remove what writes that a kill cut short have left, of files whose name begins with `start`."""
+
     def exists(self, name: str) -> bool:
         """Whether anything of that name is there."""
 
@@ -43,7 +46,7 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """A folder on this machine. Files are written beside their final name and renamed; links are never followed."""
+    """A folder on this machine. Files are written under a hidden name and renamed; links are never followed."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.root = Path(path)
@@ -72,8 +75,8 @@ class LocalStorage:
         """See `Storage`."""
         final = self.root / name
         final.parent.mkdir(parents=True, exist_ok=True)
-        # The name starts with a dot and does not end in .parquet: readers of the folder pass over it.
-        beside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+        # Beside the table's folder, not in it: Polars refuses a folder that holds anything but Parquet files.
+        beside = self.root / f"{_unfinished(name)}{uuid.uuid4().hex[:8]}.tmp"
         try:
             with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666), "wb") as file:
                 produce(file)
@@ -85,6 +88,12 @@ class LocalStorage:
     def remove(self, name: str) -> None:
         """See `Storage`."""
         (self.root / name).unlink(missing_ok=True)
+
+    def sweep(self, start: str) -> None:
+        """See `Storage`."""
+        for name in self.names():
+            if name.startswith(_unfinished(start)) and name.endswith(".tmp"):
+                self.remove(name)
 
     def exists(self, name: str) -> bool:
         """See `Storage`."""
@@ -140,6 +149,9 @@ class RemoteStorage:
         if self.exists(name):
             self._fs.rm_file(self._at(name))
 
+    def sweep(self, start: str) -> None:
+        """See `Storage`. An object appears whole or not at all: nothing is ever left."""
+
     def exists(self, name: str) -> bool:
         """See `Storage`."""
         self._fs.invalidate_cache()
@@ -151,6 +163,11 @@ class RemoteStorage:
             return False
         self._fs.makedirs(self._at(folder), exist_ok=True)
         return True
+
+
+def _unfinished(name: str) -> str:
+    """First part of the hidden name under which a file is written."""
+    return f".{name.replace('/', '.')}"
 
 
 def open_storage(path: str | os.PathLike[str]) -> Storage:

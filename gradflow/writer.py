@@ -129,6 +129,7 @@ class RunWriter:
         if table not in self._parts:
             with self._explained(table):
                 found, _ = parts.list_parts(self._storage, table)
+                self._storage.sweep(Part(self.rank, 0).path(table).removesuffix("0.parquet"))
             self._parts[table] = [part for part in found if part.rank == self.rank]
             self._next[table] = max((part.number + 1 for part in self._parts[table]), default=0)
         return self._parts[table]
