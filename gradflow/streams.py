@@ -1,0 +1,187 @@
+"""Chains of joins, and where there are none, the trunk of a plain stack."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gradflow import families
+from gradflow.records import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradflow.ancestry import Ancestry
+    from gradflow.records import Graph, Join
+
+_LINKS = frozenset({"relu", "gelu", "silu", "leaky_relu", "elu", "relu6", "hardswish", "mish", "tanh", "clamp", "prelu"})
+_EXACT = families.VIEWS - {"detach", "data"}
+
+
+def is_post_norm(graph: Graph, facts: Ancestry, join: int, forks: Sequence[int]) -> bool:
+    """Whether a join's output goes on through a norm alone, one of the join's own module or the next fork's."""
+    norms = _only_norms(facts, join)
+    if not norms:
+        return False
+    own = any(_runs_within(graph, graph.nodes[n].call, graph.nodes[join].call) for n in norms)
+    later = [fork for fork in forks if fork > join]
+    return own or any(n in facts.chain(fork) for fork in later for n in norms)
+
+
+def _only_norms(facts: Ancestry, index: int) -> list[int]:
+    """The norms that are all that reads a tensor (for hand-written ones, with their statistics), else nothing."""
+    found: list[int] = []
+    queue = [index]
+    while queue:
+        current = queue.pop()
+        for consumer in facts.consumers[current]:
+            node = facts.nodes[consumer]
+            if facts.is_norm(consumer):
+                found.append(consumer)
+            elif facts.identity_parent(consumer) == current:
+                queue.append(consumer)
+            elif node.op not in {"pow", "mean", "var", "std", "square", "sub", "var_mean", "norm", "vector_norm"}:
+                return []
+            elif node.op == "sub":
+                queue.append(consumer)
+    return found
+
+
+def _runs_within(graph: Graph, call: int, outer: int) -> bool:
+    if outer < 0:
+        return False
+    while call >= 0 and call != outer:
+        call = graph.calls[call].parent
+    return call == outer
+
+
+def find_streams(graph: Graph, facts: Ancestry, joins: list[Join]) -> tuple[list[Join], tuple[Stream, ...]]:
+    """The joins with the name of their stream filled in, and the streams (or the trunk)."""
+    if not joins:
+        return joins, trunk(graph)
+    chains = _chains(facts, joins)
+    names = _names(graph, joins, chains)
+    named = list(joins)
+    streams = []
+    for name, chain in zip(names, chains, strict=True):
+        exact = True
+        for previous, position in zip([None, *chain], chain, strict=False):
+            join = joins[position]
+            named[position] = replace(join, branches=tuple(replace(b, stream=name) for b in join.branches))
+            exact = exact and _is_exact(facts, join, joins[previous].node if previous is not None else None)
+        first = joins[chain[0]]
+        points = (_origin(graph, first.fork), *(joins[p].branches[0].join for p in chain))
+        nodes = (first.fork, *(joins[p].node for p in chain))
+        streams.append(Stream(name, "stream", points, nodes, exact))
+    return named, tuple(streams)
+
+
+def _chains(facts: Ancestry, joins: list[Join]) -> list[list[int]]:
+    """Positions of the joins of each stream. Where several joins leave from one, the outermost goes on with it."""
+    at = {join.node: position for position, join in enumerate(joins)}
+    successor: dict[int, int] = {}
+    before: dict[int, int] = {}
+    for position, join in enumerate(joins):
+        source = _source(facts, join.fork, at)
+        if source is not None:
+            successor[source] = position  # later joins overwrite: the last one encloses the others
+    for source, position in successor.items():
+        before[position] = source
+    chains = []
+    for position in range(len(joins)):
+        if position in before:
+            continue
+        chain = [position]
+        while chain[-1] in successor:
+            chain.append(successor[chain[-1]])
+        chains.append(chain)
+    return chains
+
+
+def _source(facts: Ancestry, fork: int, at: dict[int, int]) -> int | None:
+    """The join whose output becomes a fork by identity-like operations, norms and activations."""
+    index: int | None = fork
+    while index is not None:
+        if index in at:
+            return at[index]
+        node = facts.nodes[index]
+        before = facts.identity_parent(index)
+        if before is None and (node.op in _LINKS or facts.is_norm(index)):
+            before = max((p for p in node.parents if facts.data[p]), key=lambda p: len(facts.nodes[p].shape), default=None)
+        index = before
+    return None
+
+
+def _is_exact(facts: Ancestry, join: Join, previous: int | None) -> bool:
+    """Whether the skip is the fork itself, and the fork the previous join's output itself, but for views."""
+    if join.skip.scale != 1 or not _same(facts, join.skip.node, join.fork):
+        return False
+    return previous is None or _same(facts, join.fork, previous)
+
+
+def _same(facts: Ancestry, index: int, origin: int) -> bool:
+    while index != origin:
+        node = facts.nodes[index]
+        whole = node.op in families.SLICES and facts.identity_parent(index) is not None
+        if node.op not in _EXACT and not whole:
+            return False
+        index = node.parents[0]
+    return True
+
+
+def _origin(graph: Graph, fork: int) -> str:
+    node = graph.nodes[fork]
+    return "input" if node.op == "input" else node.scope or node.op
+
+
+def _names(graph: Graph, joins: list[Join], chains: list[list[int]]) -> list[str]:
+    """The joins' common path, with an occurrence where several streams share it."""
+    seen: Counter[str] = Counter()
+    names = []
+    for chain in chains:
+        paths = [graph.nodes[joins[p].node].scope.split(".") for p in chain]
+        name = ".".join(os.path.commonprefix(paths)) or "stream"
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}@{seen[name] - 1}")
+    return names
+
+
+def trunk(graph: Graph) -> tuple[Stream, ...]:
+    """The longest chain of calls, siblings in one forward, in which each reads what the one before made."""
+    best: list[int] = []
+    by_parent: dict[int, list[int]] = {}
+    for call in graph.calls:
+        by_parent.setdefault(call.parent, []).append(call.index)
+    for siblings in by_parent.values():
+        chain = _longest(graph, siblings)
+        if len(chain) > len(best):
+            best = chain
+    if len(best) < 2:
+        return ()
+    points = tuple(graph.calls[c].module for c in best)
+    name = ".".join(os.path.commonprefix([p.split(".") for p in points])) or "trunk"
+    return (Stream(name, "trunk", points, tuple(graph.calls[c].outputs[0] for c in best)),)
+
+
+def _longest(graph: Graph, siblings: list[int]) -> list[int]:
+    length: dict[int, int] = {}
+    previous: dict[int, int | None] = {}
+    for position, current in enumerate(siblings):
+        call = graph.calls[current]
+        if not call.outputs or not graph.nodes[call.outputs[0]].floating:
+            continue
+        length[current], previous[current] = 1, None
+        reached = 0
+        for index in call.inputs:
+            reached |= graph.nodes[index].ancestors | 1 << index
+        for earlier in siblings[:position]:
+            if earlier in length and reached >> graph.calls[earlier].outputs[0] & 1 and length[earlier] >= length[current]:
+                length[current], previous[current] = length[earlier] + 1, earlier
+    chain: list[int] = []
+    step: int | None = max(length, key=length.__getitem__, default=None)
+    while step is not None:
+        chain.append(step)
+        step = previous[step]
+    return chain[::-1]
