@@ -55,7 +55,9 @@ class MultiHeadAttention(nn.Module):
             raise UsageError(f"expected a width that is a multiple of the heads, got width {width} and heads {heads}")
         self.heads = heads
         self.dropout = dropout
-        self.query, self.key, self.value, self.output = (_linear(width, width) for _ in range(4))
+        # Glorot's range for the three maps packed into one (3D, D) matrix, as in torch.nn.MultiheadAttention
+        self.query, self.key, self.value = (_linear(width, width, gain=0.5**0.5) for _ in range(3))
+        self.output = _linear(width, width)
 
     def forward(self, x: Tensor, padding: Tensor | None = None, *, causal: bool = False) -> Tensor:
         """Attend within each sequence.
@@ -315,10 +317,10 @@ def _attention_mask(padding: Tensor | None, tokens: int, *, causal: bool) -> Ten
     return visible & torch.ones(tokens, tokens, dtype=torch.bool, device=padding.device).tril() if causal else visible
 
 
-def _linear(features: int, out: int) -> nn.Linear:
-    """Return a linear map with weights of U(−r, r), r = √(6/(features + out)) (Glorot & Bengio 2010), and zero bias."""
+def _linear(features: int, out: int, *, gain: float = 1.0) -> nn.Linear:
+    """Return a map with weights of U(−r, r), r = gain · √(6/(features + out)) (Glorot & Bengio 2010), and zero bias."""
     linear = nn.Linear(features, out)
-    nn.init.xavier_uniform_(linear.weight)
+    nn.init.xavier_uniform_(linear.weight, gain)
     nn.init.zeros_(linear.bias)
     return linear
 
