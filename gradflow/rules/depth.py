@@ -36,7 +36,6 @@ class Profile:
         grad: L2 norm of the gradient, shape (step, point).
         grad_rms: The same per element.
         cosine: Token cosine, shape (step, point).
-        ratio: Branch over skip of the join behind each point (largest branch), shape (step, point).
     """
 
     name: str
@@ -48,7 +47,6 @@ class Profile:
     grad: Floats
     grad_rms: Floats
     cosine: Floats
-    ratio: Floats
 
     def names(self, point: int) -> tuple[str, ...]:
         """What to call a point in a finding: the branches of its join, or the point itself."""
@@ -74,13 +72,18 @@ class Profile:
 
 def profiles(view: View) -> list[Profile]:
     """Every stream and trunk that was recorded with at least `LEAST_POINTS` points, else the weight layers in order."""
+    if view.profiles is None:
+        view.profiles = _stream_profiles(view) or _layer_profile(view)
+    return view.profiles
+
+
+def _stream_profiles(view: View) -> list[Profile]:
     grid = view.grid("streams")
     found = []
     kinds = {stream.name: stream.kind for stream in view.run.streams}
     joins: dict[str, list[Branch]] = {}
     for branch in view.run.branches:
         joins.setdefault(branch.join, []).append(branch)
-    places = {key[0]: i for i, key in enumerate(view.grid("branches").keys)}
     for name in dict.fromkeys(key[0] for key in grid.keys):
         columns = [i for i, key in enumerate(grid.keys) if key[0] == name]
         depth = np.nan_to_num(grid["depth"][:, columns].max(axis=0, initial=-1.0, where=grid.present[:, columns]))
@@ -89,7 +92,6 @@ def profiles(view: View) -> list[Profile]:
             continue
         points = tuple(grid.keys[i][1] for i in columns)
         members = tuple(tuple(joins.get(point, ())) for point in points)
-        ratio = _ratios(view, grid.steps, members, places)
         n = grid["n"][:, columns]
         n = np.where(n > 0, n, np.nan)
         signal, gradient = grid["out_sq"][:, columns], grid["grad_sq"][:, columns]
@@ -98,26 +100,10 @@ def profiles(view: View) -> list[Profile]:
         found.append(
             Profile(
                 name, kind, points, members, grid.steps,
-                np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), cosine, ratio,
+                np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), cosine,
             )
         )  # fmt: skip
-    return found or _layer_profile(view)
-
-
-def _ratios(
-    view: View, steps: NDArray[np.int64], members: tuple[tuple[Branch, ...], ...], places: dict[str, int]
-) -> Floats:
-    """Largest branch ratio of each point's join at the steps of the streams table, NaN where unknown."""
-    grid = view.grid("branches")
-    result = np.full((len(steps), len(members)), np.nan)
-    common, ours, theirs = np.intersect1d(steps, grid.steps, return_indices=True)
-    if len(common):
-        ratio = grid["branch_ratio"]
-        for point, branches in enumerate(members):
-            columns = [places[branch.name] for branch in branches if branch.name in places]
-            if columns:
-                result[ours, point] = np.fmax.reduce(ratio[theirs][:, columns], axis=1)
-    return result
+    return found
 
 
 def _layer_profile(view: View) -> list[Profile]:
@@ -141,7 +127,7 @@ def _layer_profile(view: View) -> list[Profile]:
     return [
         Profile(
             "layers", "layers", points, ((),) * len(points), grid.steps,
-            np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), empty, empty,
+            np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), empty,
         )
     ]  # fmt: skip
 

@@ -33,6 +33,7 @@ class Fault:
             (only parameter gradients or weights show it).
         layers: Broken layers of that step in the order in which the fault reached them, the first one first.
         branches: Broken branches, likewise.
+        points: Broken points of streams and trunks, likewise.
         parameters: Parameters with broken gradients, in order of the model.
         count: Non-finite elements at the first place, None where it was not counted.
         steps_broken: Sampled steps with any fault, and the sampled steps since the first.
@@ -47,6 +48,7 @@ class Fault:
     direction: Direction
     layers: tuple[str, ...]
     branches: tuple[str, ...]
+    points: tuple[str, ...]
     parameters: tuple[str, ...]
     count: int | None
     steps_broken: int
@@ -104,13 +106,16 @@ def locate(view: View) -> Fault | None:
         return None
     at = int(np.argmax(harmed)) if harmed.any() else int(np.argmax(ahead))
     source = forward if ahead[at] else backward
-    layers, branches = (_names(view, t, source[t], at, backwards=not ahead[at]) for t in ("layers", "branches"))
+    layers, branches, points = (
+        _names(view, table, source[table], at, backwards=not ahead[at]) for table in ("layers", "branches", "streams")
+    )
     return Fault(
         step=int(view.steps[at]),
         last=int(view.steps[np.flatnonzero(broken)[-1]]),
         direction=_direction(forward=bool(ahead[at]), loss=bool(loss[at].any()), backward=backward, at=at),
         layers=layers,
         branches=branches,
+        points=points,
         parameters=_names(view, "parameters", update, at),
         count=_count(view, at, layers, branches) if ahead[at] else None,
         steps_broken=int(broken[at:].sum()),
@@ -169,7 +174,7 @@ def _count(view: View, at: int, layers: tuple[str, ...], branches: tuple[str, ..
 
 
 def view_of(run: Run) -> View:
-    """The view that rules other than `nonfinite` work on: up to the first step at which training itself was broken."""
+    """The view that rules work on: up to the first step at which training itself was broken."""
     view = View(run)
-    fault = locate(view)
-    return view if fault is None or fault.contained or fault.skipped else View(run, until=fault.step)
+    view.fault = fault = locate(view)
+    return view if fault is None or fault.contained or fault.skipped else View(run, fault, until=fault.step)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradflow.records import Finding
-from gradflow.rules import faults
 from gradflow.rules.registry import Rule, Threshold
-from gradflow.rules.view import View
 
 if TYPE_CHECKING:
     from gradflow.rules.faults import Fault
+    from gradflow.rules.view import View
 
 WHY = (
     "Every value that reads a NaN becomes NaN: the loss, then all gradients, then, after one optimizer step, all "
@@ -24,24 +23,24 @@ REMEDIES = {
             "roots, clamp the argument of exp, and check the batch itself for NaN."
         ),
         (
-            "Lower the learning rate or add warm-up and gradient clipping (1.0) if the signal grew before; in fp16, use "
-            "bf16."
+            "Lower the learning rate or add warm-up and gradient clipping (1.0) if the signal grew before; in fp16, "
+            "use bf16."
         ),
     ),
     "backward": (
         (
-            "Look at the operations after {first} whose derivative is infinite where their value is finite: sqrt, norm and "
-            "pow at 0, log near 0, where() around a division; add an epsilon inside them."
+            "Look at the operations after {first} whose derivative is infinite where their value is finite: sqrt, "
+            "norm and pow at 0, log near 0, where() around a division; add an epsilon inside them."
         ),
         (
-            "In fp16, scale the loss (torch.amp.GradScaler) or use bf16; otherwise clip gradients and lower the learning "
-            "rate."
+            "In fp16, scale the loss (torch.amp.GradScaler) or use bf16; otherwise clip gradients and lower the "
+            "learning rate."
         ),
     ),
     "loss": (
         (
-            "Every layer's output was finite, so look at the loss function: log of 0, division by an empty mask, targets "
-            "that are NaN or out of range."
+            "Every layer's output was finite, so look at the loss function: log of 0, division by an empty mask, "
+            "targets that are NaN or out of range."
         ),
         (
             "Compute the loss in float32 with the fused form (cross_entropy or binary_cross_entropy_with_logits on "
@@ -50,8 +49,8 @@ REMEDIES = {
     ),
     "update": (
         (
-            "The activations were finite: look at what writes to {first} after the backward pass (clipping of a zero or "
-            "infinite norm, a custom optimizer, weight decay schedules), and lower the learning rate."
+            "The activations were finite: look at what writes to {first} after the backward pass (clipping of a zero "
+            "or infinite norm, a custom optimizer, weight decay schedules), and lower the learning rate."
         ),
         "Clip the gradient's norm with error_if_nonfinite=True to stop at the first broken gradient.",
     ),
@@ -62,7 +61,7 @@ def _first(fault: Fault) -> str:
     """The most precise name of the place where it began."""
     if fault.direction == "loss":
         return "loss"
-    for names in (fault.layers, fault.branches, fault.parameters):
+    for names in (fault.layers, fault.branches, fault.points, fault.parameters):
         if names:
             return names[0]
     return "the model"
@@ -72,7 +71,7 @@ def _where(fault: Fault) -> tuple[str, ...]:
     """Place of origin: the layer, the branch that broke first, or the parameter; not what broke as a consequence."""
     if fault.direction == "loss":
         return ("loss",)
-    places = [names[0] for names in (fault.layers, fault.branches) if names]
+    places = [names[0] for names in (fault.layers, fault.branches) if names] or list(fault.points[:1])
     return tuple(places or fault.parameters[:1])
 
 
@@ -92,8 +91,7 @@ def _claim(fault: Fault, first: str) -> str:
 
 def check(view: View) -> list[Finding]:
     """Report the first non-finite number; AMP's own skipped overflows and masks of -inf are no error."""
-    view = View(view.run)
-    fault = faults.locate(view)
+    fault = view.fault
     if fault is None or fault.skipped:
         return []
     first = _first(fault)

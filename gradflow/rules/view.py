@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from gradflow.rules.depth import Profile
+    from gradflow.rules.faults import Fault
     from gradflow.store import Run
 
     Floats = NDArray[np.float64]
@@ -40,7 +42,7 @@ class Grid:
         if until is not None:
             table = table.filter(pc.less_equal(table["step"], until))
         self._table = table
-        self.steps, self._row = np.unique(table["step"].to_numpy(), return_inverse=True)
+        self.steps, self._row = _sorted_unique(table["step"].to_numpy())
         self.keys, self._place = _places(table, keys)
         self._columns: dict[str, Floats] = {}
 
@@ -94,17 +96,29 @@ def _places(table: pa.Table, keys: tuple[str, ...]) -> tuple[list[Key], NDArray[
     encoded = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in encoded]
     for column in encoded:
         place = place * max(1, len(column.dictionary)) + column.indices.to_numpy(zero_copy_only=False)
-    _, first, inverse = np.unique(place, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
+    first = np.full(int(place.max(initial=-1)) + 1, len(place))
+    first[place[::-1]] = np.arange(len(place))[::-1]  # the last write wins: each key's first row
+    found = np.flatnonzero(first < len(place))
+    found = found[np.argsort(first[found])]
+    rank = np.zeros(len(first), dtype=np.int64)
+    rank[found] = np.arange(len(found))
     words = [column.dictionary.to_pylist() for column in encoded]
-    rows = first[order]
+    rows = first[found]
     columns = [
         [word[i] for i in column.indices.to_numpy(zero_copy_only=False)[rows]]
         for word, column in zip(words, encoded, strict=True)
     ]
-    return list(zip(*columns, strict=True)), rank[inverse]
+    return list(zip(*columns, strict=True)), rank[place]
+
+
+def _sorted_unique(steps: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Distinct values and each row's index among them; tables come sorted by step, so that no sort is needed."""
+    rises = np.diff(steps, prepend=steps[:1]) > 0
+    if len(steps) and (np.diff(steps) < 0).any():
+        return np.unique(steps, return_inverse=True)
+    keep = rises.copy()
+    keep[:1] = True
+    return steps[keep], np.cumsum(rises)
 
 
 class View:
@@ -112,12 +126,15 @@ class View:
 
     Args:
         run: The run.
-        until: Last step that counts: where the run went non-finite, what comes later says nothing about its cause.
+        fault: Where the run first went non-finite, if it did (`faults.view_of` finds out).
+        until: Last step that counts: what comes after a fault that broke the training says nothing about its cause.
     """
 
-    def __init__(self, run: Run, until: int | None = None) -> None:
+    def __init__(self, run: Run, fault: Fault | None = None, until: int | None = None) -> None:
         self.run = run
+        self.fault = fault
         self.until = until
+        self.profiles: list[Profile] | None = None  # filled by depth.profiles, once
         self._grids: dict[str, Grid] = {}
 
     def grid(self, name: str) -> Grid:
@@ -150,10 +167,6 @@ class View:
         early = float(np.median(loss[: max(2, len(loss) // 6)]))
         late = float(np.median(loss[-max(2, len(loss) // 4) :]))
         return (early - late) / max(abs(early), 1e-12)
-
-    def started(self, step: int = 1) -> Bools:
-        """Which of `self.steps` come at or after `step`."""
-        return self.steps >= step
 
 
 def window(count: int, share: float = 1 / 3, least: int = 3) -> slice:
