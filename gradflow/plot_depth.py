@@ -275,7 +275,7 @@ def plot_token_cosine(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()
 def plot_effective_rank(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
     """Effective rank of the sampled rows.
 
-    Read it: so many directions do the rows really use. Near 1 they all lie along one.
+    Read it: how many directions the rows really use. Near 1 they all lie along one.
     """
     _, grid = over_depth(run, ax, "streams", "effective_rank", unit="effective rank (directions)", findings=findings)
     return finish(ax, grid, least_span=10.0)

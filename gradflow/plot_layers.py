@@ -101,6 +101,8 @@ def plot_path_lengths(run: Tables, ax: Axes) -> Axes:
     longest = 1
     for step, look in stages:
         energy = grid.row(step) ** 2
+        if not np.isfinite(energy).any():
+            continue
         lengths = 100 * theory.path_length_distribution([float(b) for b in energy if np.isfinite(b)])
         longest = max(longest, int(np.searchsorted(np.cumsum(lengths), 99.9)) + 1)
         ax.plot(np.arange(len(lengths)), lengths, marker=".", markersize=4, label=f"step {step:,}", **look)

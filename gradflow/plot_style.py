@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,6 +77,11 @@ SETTINGS: dict[str, object] = {
 """matplotlib settings under which the report draws, applied for the time of a drawing only."""
 
 
+def css_color(light: str) -> str:
+    """A colour as a page writes it: the CSS variable of its role, so that a dark page gets the dark one."""
+    return next((f"var(--{name},{pair[0]})" for name, pair in THEME.items() if pair[0] == light), light)
+
+
 def printable(text: str) -> str:
     r"""The text with what cannot be seen (control and format characters, lone surrogates) written as `\u202e`."""
     return "".join(_visible(char) for char in text)
@@ -103,7 +109,9 @@ def number(value: float) -> str:
     if size == 0:
         return "0"
     if 1e-3 <= size < 1e4:
-        text = f"{value:.3g}" if size < 1e3 else f"{value:.0f}"
+        text = f"{value:.3g}" if size < 1e3 else f"{value:,.0f}"
+        if size < 1 and text.lstrip("-") == "1":  # 0.9998 is not 1 where a cosine is meant
+            text = f"{value:.6f}".rstrip("0")
         return text.replace("-", "−")
     exponent = math.floor(math.log10(size))
     mantissa = f"{value / 10.0**exponent:.2g}".replace("-", "−")
@@ -220,16 +228,14 @@ def marks(ax: Axes, x: Floats, flags: NDArray[np.bool_], *, at: float, marker: s
 
 
 def rows_of_names(labels: Sequence[str], limit: int = HEIGHT_OF_NAMES) -> tuple[str, list[int], list[str]]:
-    """What the names have in common, and a few of them to show: (common prefix, positions, short names).
+    """What most names have in common, and a few of them to show: (common prefix, positions, short names).
 
     All are shown where they fit. Otherwise one a module (the first of `h.3.attn`, `h.3.mlp` as `h.3`), then every
     second module, and so on; never two so close that they would touch.
     """
     parts = [name.split(".") for name in labels]
-    common = 0
-    while parts and all(len(part) > common + 1 and part[common] == parts[0][common] for part in parts):
-        common += 1
-    short = [part[common:] for part in parts]
+    common = _shared_start(parts)
+    short = [part[len(common) :] if part[: len(common)] == common else part for part in parts]
     positions, drop = list(range(len(short))), 0
     while len(positions) > limit and drop < 3:
         drop += 1
@@ -243,4 +249,16 @@ def rows_of_names(labels: Sequence[str], limit: int = HEIGHT_OF_NAMES) -> tuple[
         if not apart or apart[-1] - position >= least:
             apart.append(position)
     names = [".".join(short[i][: max(1, len(short[i]) - drop)]) for i in reversed(apart)]
-    return ".".join(parts[0][:common]) if parts else "", apart[::-1], names
+    return ".".join(common), apart[::-1], names
+
+
+def _shared_start(parts: list[list[str]]) -> list[str]:
+    """The longest dotted start that nine names of ten share (not `embed`, at the head of a stream) and none is all of."""
+    common: list[str] = []
+    while parts:
+        following = Counter(part[len(common)] for part in parts if len(part) > len(common) + 1 and part[: len(common)] == common)
+        best = following.most_common(1)
+        if not best or best[0][1] < 0.9 * len(parts):
+            break
+        common.append(best[0][0])
+    return common

@@ -16,14 +16,13 @@ import matplotlib.style
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from gradflow.plot_style import SETTINGS, SIZE, THEME
+from gradflow.plot_style import SETTINGS, SIZE, css_color
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from matplotlib.axes import Axes
 
-_VARIABLES = {light: f"var(--{name},{light})" for name, (light, _) in THEME.items()}
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _DROPPED = {"metadata", "style"}
@@ -76,7 +75,7 @@ def _shrink(root: ET.Element) -> None:
                 lambda found: f"{float(found[0]):.2f}", " ".join(element.attrib[name].split())
             )
         for name in element.attrib.keys() & {"style", "fill", "stroke"}:
-            element.attrib[name] = _COLOUR.sub(lambda found: _VARIABLES.get(found[0], found[0]), element.attrib[name])
+            element.attrib[name] = _COLOUR.sub(lambda found: css_color(found[0]), element.attrib[name])
         if element.tag != "text" and element.text and not element.text.strip():
             element.text = None
         if element.tail and not element.tail.strip():

@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 MOST_MARKED = 9
 
 
-def mark_findings(ax: Axes, findings: Sequence[Finding]) -> None:
+def mark_findings(ax: Axes, findings: Sequence[Finding], first: float, last: float) -> None:
     """Numbered bars along the top: from the first to the last step at which each finding holds."""
     shown = [(i, f) for i, f in enumerate(findings, 1) if f.severity != "info"][:MOST_MARKED]
     for row, (at, finding) in enumerate(shown):
         y, color = 1.03 + 0.055 * row, style.SEVERITY[finding.severity]
+        start, stop = (min(max(step, first), last) for step in finding.steps)
         ax.plot(
-            finding.steps, (y, y), color=color, linewidth=3, solid_capstyle="butt", marker="|", markersize=7, markeredgewidth=3,
+            (start, stop), (y, y), color=color, linewidth=3, solid_capstyle="butt", marker="|", markersize=7, markeredgewidth=3,
             transform=ax.get_xaxis_transform(), clip_on=False,
         )  # fmt: skip
         ax.annotate(
-            str(at), (finding.steps[0], y), xycoords=ax.get_xaxis_transform(), xytext=(-5, 0), textcoords="offset points",
+            str(at), (start, y), xycoords=ax.get_xaxis_transform(), xytext=(-5, 0), textcoords="offset points",
             ha="right", va="center", fontsize=8, color=style.INK, annotation_clip=False,
         )  # fmt: skip
 
@@ -52,7 +53,7 @@ def _over_steps(run: Tables, ax: Axes, column: str, *, unit: str, log: bool, fin
     else:
         style.linear_axis(ax.yaxis)
     style.linear_axis(ax.xaxis, integer=True)
-    mark_findings(ax, findings)
+    mark_findings(ax, findings, float(steps[0]), float(steps[-1]))
     if broken.any() and not findings:
         style.legend(ax)
     return ax

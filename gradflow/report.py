@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gradflow import gallery, inventory, summary
-from gradflow.errors import RunError
+from gradflow import differences, gallery, inventory, summary
+from gradflow.errors import RunError, UsageError
 from gradflow.grids import View
-from gradflow.plot_style import THEME, number, printable
+from gradflow.plot_compare import look
+from gradflow.plot_style import THEME, css_color, number, printable
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from gradflow.grids import Tables
     from gradflow.gallery import Picture
@@ -85,6 +87,74 @@ def render(run: Run, *, findings: Sequence[Finding] | None = None) -> str:
     )  # fmt: skip
 
 
+def compare(
+    runs: Sequence[Run] | Mapping[str, Run],
+    path: str | os.PathLike[str],
+    *,
+    findings: Sequence[Sequence[Finding]] | None = None,
+) -> Path:
+    """Write one page that sets any number of runs side by side to `path` and return it.
+
+    Args:
+        runs: The runs; as a mapping, its keys are their names. Otherwise a run is named after its folder or its model.
+        path: The HTML file.
+        findings: What is wrong with each, in the order of `runs`; by default `gradflow.diagnose` of each.
+
+    Raises:
+        UsageError: There is no run to compare.
+        RunError: The file cannot be written.
+    """
+    named = dict(runs) if isinstance(runs, Mapping) else _named(runs)
+    if not named:
+        raise UsageError("expected one run or more to compare, got none; pass the runs that gradflow.load returned")
+    return _write(render_comparison(named, findings=findings), path)
+
+
+def render_comparison(runs: Mapping[str, Run], *, findings: Sequence[Sequence[Finding]] | None = None) -> str:
+    """The comparison as text."""
+    views = {name: View(run) for name, run in runs.items()}
+    given = findings if findings is not None else [_diagnose(run) for run in runs.values()]
+    found = {name: summary.ordered(one) for name, one in zip(runs, given, strict=True)}
+    checks, figures = len(_checks()), differences.table(views)
+    columns = []
+    for number_, (name, run) in enumerate(runs.items()):
+        line = look(number_)
+        columns.append(
+            {
+                "name": name,
+                "model": str(run.meta.get("model") or "unnamed model"),
+                "color": css_color(line["color"]),
+                "dashes": "" if isinstance(line["linestyle"], str) else " ".join(f"{3 * d:g}" for d in line["linestyle"][1]),
+                "verdict": summary.make_verdict(run, found[name], checks),
+                "codes": list(dict.fromkeys(f.code for f in found[name] if f.severity != "info")),
+                "figures": figures[name],
+                "findings": found[name],
+                "troubles": summary.troubles(run),
+            }
+        )
+    return _environment().get_template("compare.html").render(
+        **_common(),
+        runs=columns,
+        columns=[measure.title for measure in differences.MEASURES],
+        differences=differences.in_words(views, found),
+        sections=_sections(gallery.COMPARISONS, views, ()),
+    )  # fmt: skip
+
+
+def _named(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by a name each: the shortest end of the path that tells them apart, else the model's, else a number."""
+    paths = [Path(run.path).parts if run.path else (str(run.meta.get("model") or "run"),) for run in runs]
+    depth = 1
+    while depth < max(map(len, paths), default=1) and len({path[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    named: dict[str, Run] = {}
+    for run, path in zip(runs, paths, strict=True):
+        name = "/".join(path[-depth:])
+        copies = sum(other == name or other.startswith(f"{name} (") for other in named)
+        named[f"{name} ({copies + 1})" if copies else name] = run
+    return named
+
+
 def _diagnose(run: Run) -> list[Finding]:
     from gradflow.rules import diagnose  # rules are not needed where findings are given
 
@@ -107,7 +177,7 @@ def _sections(
     pictures: Sequence[Picture], run: Tables | Mapping[str, Tables], findings: Sequence[Finding]
 ) -> list[Section]:
     """The pictures that have data, drawn, under their headings."""
-    runs = run.values() if isinstance(run, dict) else (run,)
+    runs = run.values() if isinstance(run, Mapping) else (run,)
     drawn: dict[str, list[Shown]] = {}
     for picture in pictures:
         if any(picture.available(one) for one in runs):

@@ -174,7 +174,7 @@ class Maker:
             "kurtosis": 3.2 * self.noise(cosine.shape), "max_over_median": 8 * self.noise(cosine.shape), "signal_share": signal, "gradient_share": back})  # fmt: skip
 
     def points(self):
-        return ["embed", *(f"{part}:add" for part in self.parts)]
+        return ["embed", *(f"{part}:add" if self.residual else part for part in self.parts)]
 
     def flat(self, name, key, keys, columns):
         S = len(self.steps)

@@ -1,0 +1,122 @@
+"""What sets several runs apart, in words with numbers: loss, gradient, tokens, branches, findings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradflow import summary
+from gradflow.plot_style import number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gradflow.grids import View
+    from gradflow.records import Finding
+
+Line = tuple[tuple[str, bool], ...]
+"""A sentence in pieces: (text, whether it is a name)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A figure of a run that is compared: column title, how it is read, when a difference is worth a sentence.
+
+    `factor` is the least ratio of two runs' values, `gap` the least difference, whichever is given.
+    """
+
+    title: str
+    of: Callable[[View], float | None]
+    sentence: str
+    factor: float = 0.0
+    gap: float = 0.0
+
+    def matters(self, low: float, high: float) -> bool:
+        """Whether two values lie far enough apart to say so."""
+        if self.factor:
+            return low <= 0 < high or (low > 0 and high / low >= self.factor)
+        return high - low >= self.gap
+
+
+def last_loss(view: View) -> float | None:
+    """Loss at the last sampled steps: the median of up to 5 of them, since single batches scatter."""
+    _, values = view.series("loss")
+    known = values[np.isfinite(values)]
+    return float(np.median(known[-min(5, max(1, len(known) // 5)) :])) if known.size else None
+
+
+def median_ratio(view: View) -> float | None:
+    """Branch over skip at the last sampled step, median over branches."""
+    _, row = summary.last_row(view, "branches", "branch_ratio")
+    known = row[np.isfinite(row)]
+    return float(np.median(known)) if known.size else None
+
+
+def median_update(view: View) -> float | None:
+    """Update over weight at the last sampled step, median over parameters."""
+    _, row = summary.last_row(view, "parameters", "update_ratio")
+    known = row[np.isfinite(row)]
+    return float(np.median(known)) if known.size else None
+
+
+MEASURES = (
+    Measure("loss, last", last_loss, "The loss ends at", gap=0.05),
+    Measure(
+        "gradient, input / output",
+        summary.gradient_ratio,
+        "Of the gradient at the output, this much is left (or more has grown) at the input:",
+        factor=5.0,
+    ),
+    Measure("token cosine, output", summary.output_cosine, "The cosine between tokens at the output is", gap=0.1),
+    Measure("branch / skip, median", median_ratio, "Branch over skip, by the median branch, is", factor=2.0),
+    Measure("update / weight, median", median_update, "Update over weight, by the median parameter, is", factor=3.0),
+)
+
+
+def table(views: Mapping[str, View]) -> dict[str, tuple[str, ...]]:
+    """The measures of each run as text, in the order of `MEASURES`."""
+    return {name: tuple(_text(measure.of(view)) for measure in MEASURES) for name, view in views.items()}
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None else number(value)
+
+
+def in_words(views: Mapping[str, View], findings: Mapping[str, Sequence[Finding]]) -> list[Line]:
+    """A sentence for each measure that sets runs apart, from the lowest run to the highest, then one on findings."""
+    lines: list[Line] = []
+    for measure in MEASURES:
+        known = {name: value for name, view in views.items() if (value := measure.of(view)) is not None}
+        if len(known) > 1 and measure.matters(min(known.values()), max(known.values())):
+            lines.append(_ranked(measure.sentence, known))
+    return lines + _only_in_some(findings)
+
+
+def _ranked(sentence: str, known: dict[str, float]) -> Line:
+    order = sorted(known, key=lambda name: known[name])
+    pieces: list[tuple[str, bool]] = [(f"{sentence} ", False)]
+    shown = order if len(order) <= 6 else [*order[:3], *order[-3:]]
+    for at, name in enumerate(shown):
+        if at == 3 and len(order) > 6:
+            pieces.append((f"… ({len(order) - 6} runs between) …, ", False))
+        pieces += [(f"{number(known[name])} in ", False), (name, True), (", " if at < len(shown) - 1 else ".", False)]
+    return tuple(pieces)
+
+
+def _only_in_some(findings: Mapping[str, Sequence[Finding]]) -> list[Line]:
+    """Which errors and warnings some runs have and others lack."""
+    lines: list[Line] = []
+    codes = dict.fromkeys(f.code for found in findings.values() for f in found if f.severity != "info")
+    for code in codes:
+        runs = [name for name, found in findings.items() if any(f.code == code and f.severity != "info" for f in found)]
+        if len(runs) < len(findings):
+            pieces: list[tuple[str, bool]] = [(code, True), (" was found in ", False)]
+            for at, name in enumerate(runs[:6]):
+                pieces += [(", " if at else "", False), (name, True)]
+            more = f" and {len(runs) - 6} more" if len(runs) > 6 else ""
+            rest = len(findings) - len(runs)
+            pieces.append((f"{more}, and not in the other{f' {rest}' if rest > 1 else ''}.", False))
+            lines.append(tuple(pieces))
+    return lines
