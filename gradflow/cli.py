@@ -98,7 +98,7 @@ def branches(factory: Factory, *, inputs: Inputs = None, as_json: Json = False) 
     from gradflow import discovery
 
     subject = factories.build(factory, inputs)
-    structure = _run_model(factory, discovery.discover, subject)
+    _, structure = _run_model(factory, discovery.discover, subject)
     if as_json:
         console.print_json(
             {"branches": structure.branches, "streams": structure.streams, "problems": structure.problems}
@@ -192,9 +192,9 @@ def rules(*, as_json: Json = False) -> None:
     from gradflow.rules import RULES
 
     if as_json:
-        console.print_json([console.rule_facts(rule) for rule in RULES])
+        console.print_json([console.rule_facts(rule) for rule in RULES.values()])
         return
-    for rule in RULES:
+    for rule in RULES.values():
         console.print_rule(rule)
 
 
@@ -246,11 +246,10 @@ def _judge(run: Run, *, fail_on: Severity, ignore: Sequence[str], as_json: bool)
     """Print the findings and exit with status 1 where one is grave enough."""
     from gradflow.rules import RULES
 
-    codes = [rule.code for rule in RULES]
-    unknown = [code for code in ignore if code not in codes]
+    unknown = [code for code in ignore if code not in RULES]
     if unknown:
         raise UsageError(
-            f"expected codes of findings after --ignore, got {', '.join(unknown)}; known: {', '.join(codes)}"
+            f"expected codes of findings after --ignore, got {', '.join(unknown)}; known: {', '.join(RULES)}"
         )
     findings: list[Finding] = [finding for finding in gradflow.diagnose(run) if finding.code not in ignore]
     order = list(Severity)

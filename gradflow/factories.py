@@ -114,7 +114,7 @@ def _result(target: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except (Exception, SystemExit) as error:
-        raise UsageError(f"expected {target}() to return a model, got {reason(error)}") from error
+        raise UsageError(f"expected {target}() to run, got {reason(error)}") from error
 
 
 def _module(name: str) -> ModuleType:
