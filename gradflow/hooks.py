@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradflow import statistics
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -45,6 +47,7 @@ class Hooks:
     def __init__(self, on_error: Callable[[Exception], None]) -> None:
         self._handles: list[RemovableHandle] = []
         self._on_error = on_error
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def gradient(self, edge: Edge, use: Callable[[Tensor], None]) -> None:
         """Call `use` with the gradient of the tensor at `edge`, summed over all paths, whenever a backward has it."""
@@ -67,15 +70,22 @@ class Hooks:
 
         self._handles.append(node.register_hook(hook))
 
+    def square(self, gradient: Tensor) -> Tensor:
+        """Σ g², computed once where several hooks in a row ask for the same gradient."""
+        if self._last is None or self._last[0] is not gradient:
+            self._last = (gradient, statistics.sum_squares(gradient))
+        return self._last[1]
+
     def _run(self, use: Callable[[Tensor], None], gradient: Tensor) -> None:
         try:
             with undisturbed():
-                use(gradient.detach())
+                use(gradient)
         except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
             self._on_error(error)
 
     def remove(self) -> None:
         """Take every hook off again."""
+        self._last = None
         while self._handles:
             self._handles.pop().remove()
 

@@ -192,40 +192,39 @@ class JoinTaps:
 class JoinGradients:
     """What comes back to one join: at its output, along the skip, and at the fork."""
 
-    def __init__(self, join: Join, buffer: Buffer) -> None:
+    def __init__(self, join: Join, buffer: Buffer, hooks: Hooks) -> None:
         self._names = [branch.name for branch in join.branches]
         self._buffer = buffer
+        self._hooks = hooks
         self._along_skip: Tensor | None = None
         self._skip_known = True
         self.on_difference: Callable[[Tensor], None] | None = None
 
-    def attach(
-        self, hooks: Hooks, output: Edge | None, fork: Edge | None, addition: Edge | None, position: int
-    ) -> None:
+    def attach(self, output: Edge | None, fork: Edge | None, addition: Edge | None, position: int) -> None:
         """Place the hooks; each edge is None where autograd does not follow the tensor."""
         if output is not None:
-            hooks.gradient(output, self._at_output)
+            self._hooks.gradient(output, self._at_output)
         if fork is None:
             return
         ends = inputs_reaching(addition[0], position, fork) if addition is not None else []
         self._skip_known = ends is not None
         for node, number in ends or ():
-            hooks.returned(node, number, self._back_along_skip)
-        hooks.gradient(fork, self._at_fork)
+            self._hooks.returned(node, number, self._back_along_skip)
+        self._hooks.gradient(fork, self._at_fork)
 
     def _put(self, **values: Tensor) -> None:
         for name in self._names:
             self._buffer.put("branches", name, dict(values))
 
     def _at_output(self, gradient: Tensor) -> None:
-        self._put(grad_out_sq=statistics.sum_squares(gradient))
+        self._put(grad_out_sq=self._hooks.square(gradient))
 
     def _back_along_skip(self, gradient: Tensor) -> None:
         self._along_skip = gradient if self._along_skip is None else self._along_skip + gradient
 
     def _at_fork(self, gradient: Tensor) -> None:
         along, self._along_skip = self._along_skip, None
-        values = {"grad_fork_sq": statistics.sum_squares(gradient)}
+        values = {"grad_fork_sq": self._hooks.square(gradient)}
         if self._skip_known:
             difference = gradient if along is None else statistics.wide(gradient) - statistics.wide(along)
             values["grad_branch_sq"] = statistics.sum_squares(difference)

@@ -1,0 +1,284 @@
+"""Lightning's Trainer hooks -> Recorder: one callback for every Lightning namespace that is installed."""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gradflow.directories import new_directory, resume
+from gradflow.errors import UsageError
+from gradflow.recorder import Recorder, chosen_tables
+from gradflow.store import Run
+from gradflow.watch import Reaction, Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pytorch_lightning import Callback as _Callback
+    from pytorch_lightning import LightningModule, Trainer
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from gradflow.records import Finding
+
+log = logging.getLogger("gradflow")
+
+
+def _bases() -> tuple[type, ...]:
+    """`Callback` of every installed namespace: the classes are unrelated, and LightningCLI checks for its own."""
+    names = [name for name in ("pytorch_lightning", "lightning.pytorch") if find_spec(name.split(".", 1)[0])]
+    return tuple(import_module(name).Callback for name in names)
+
+
+if not TYPE_CHECKING:
+    _Callback = type("_Callback", _bases(), {})
+
+
+class GradientFlowMonitor(_Callback):
+    """Records how signal and gradient flow through the residual branches of the model that a Trainer trains.
+
+    The model needs no change: branches are found in the training's own forward passes. Training ends in the same
+    parameters, bit for bit, as without the monitor. Sampled steps are 0, 1, 2, 4, 8, ... and then every
+    `every_n_steps`; on other steps the model carries nothing of ours.
+
+    Logged to the trainer's loggers (`log=True`), once a sampled step: `gradflow/grad_norm` (L2 norm before clipping),
+    `gradflow/branch_ratio_median` and `_min` (branch RMS over skip RMS, 1), `gradflow/gradient_first_over_last`
+    (gradient RMS at the start of the longest stream over its end, 1), `gradflow/token_cosine_end` (1 means all tokens
+    are the same), `gradflow/update_ratio_median` (update over weight, 1), `gradflow/nonfinite` (elements).
+
+    Args:
+        dirpath: Directory of the run; `<trainer.log_dir or default_root_dir>/gradflow` by default. A run that is there
+            already is left alone and a numbered directory beside it is taken, unless training goes on from its
+            checkpoint.
+        every_n_steps: Cadence in training steps.
+        rows: Positions in the fixed sample that geometry and ledgers are computed on.
+        tables: `"all"` or the names of the tables to record (`"branches"`, `"streams"`, `"layers"`, `"parameters"`).
+        on_finding: What to do about a finding: `"ignore"`, `"warn"` (once each on the logger `gradflow`), `"stop"`
+            (warn, and end training cleanly at a severity of error), or a callable that is given the finding.
+        report: Write `report.html` into the run's directory when training ends.
+        log: Send summary figures to the trainer's loggers.
+        strict: Raise on a fault of gradflow instead of switching recording off (for tests).
+
+    Raises:
+        UsageError: An option has a value that it cannot have.
+
+    Example:
+        >>> from gradflow.callbacks import GradientFlowMonitor
+        >>> trainer = Trainer(callbacks=[GradientFlowMonitor()])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, dirpath: str | Path | None = None, *, every_n_steps: int = 50, rows: int = 256,
+        tables: Literal["all"] | Iterable[str] = "all", on_finding: Reaction | Callable[[Finding], object] = "warn",
+        report: bool = True, log: bool = True, strict: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in (("every_n_steps", every_n_steps), ("rows", rows)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"GradientFlowMonitor expected {name} to be an integer of at least 1, got {value!r}")
+        self.dirpath = dirpath
+        self.every_n_steps = every_n_steps
+        self.rows = rows
+        self.tables = tables if tables == "all" else tuple(sorted(chosen_tables(tables)))
+        self.report = report
+        self.log = log
+        self.strict = strict
+        self._watch = Watch(on_finding)
+        self._recorder: Recorder | None = None
+        self._resumed: dict[str, Any] = {}
+        self._stepped = False
+        self._trained = False
+
+    # ------------------------------------------------------------------ what a user reads
+
+    @property
+    def run(self) -> Run:
+        """What has been recorded so far; an empty run before training."""
+        return self._recorder.run if self._recorder is not None else Run({}, {})
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is wrong, by what has been recorded so far."""
+        return self._watch.judge(self.run)
+
+    # ------------------------------------------------------------------ trainer hooks
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the directory and make the recorder."""
+        if bool(getattr(trainer, "fast_dev_run", False)) or trainer.barebones:
+            self._recorder = None
+            return
+        if self._recorder is None or self._recorder.model is not pl_module:
+            self._recorder = self._guarded(lambda: self._made(trainer, pl_module))
+        if self._recorder is not None:
+            self._recorder.optimizers = list(trainer.optimizers)
+            self._recorder.scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._recorder.on_rows = self._logger(trainer) if self.log else None
+            self._stepped = self._trained = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin an optimizer step, or go on with one that has several micro-batches."""
+        recorder = self._recorder
+        if recorder is None:
+            return
+        if recorder.in_step:
+            recorder.watch()
+        else:
+            recorder.begin(trainer.global_step)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The pass is complete."""
+        self._trained = True
+        if self._recorder is not None:
+            self._recorder.backward(loss)
+            self._recorder.rest()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With manual optimization another pass may follow in the same batch."""
+        if self._recorder is not None and not pl_module.automatic_optimization:
+            self._recorder.watch()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Gradients stand as backward left them; clipping comes after this hook."""
+        self._stepped = True
+        if self._recorder is not None:
+            self._recorder.gradients(optimizer)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """A closure that runs again starts from zero."""
+        if self._recorder is not None:
+            self._recorder.zeroed()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the step if an optimizer has stepped."""
+        recorder = self._recorder
+        if recorder is None:
+            return
+        if self._stepped:
+            recorder.end(trained=self._trained)
+            self._stepped = self._trained = False
+            self._judge(trainer)
+        else:
+            recorder.rest()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A batch that was skipped from inside leaves a step open."""
+        if self._recorder is not None and self._recorder.in_step and not self._trained:
+            self._recorder.abort()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is left, judge it, and write the report."""
+        recorder = self._recorder
+        if recorder is None:
+            return
+        recorder.close()
+        if trainer.is_global_zero:
+            self._watch.react(recorder.run, final=True)
+            if self.report:
+                self._guarded(lambda: self._write_report(recorder))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was found; what was measured is written."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Whatever ended training, nothing of ours stays on the model."""
+        if self._recorder is not None and stage == "fit":
+            self._recorder.abort()
+            self._recorder.on_rows = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's id and how far it is, so that resumed training goes on in the same directory."""
+        if self._recorder is None:
+            return dict(self._resumed)
+        return {"run_id": self._recorder.description.run_id, "count": self._recorder.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember which run the checkpoint belongs to."""
+        self._resumed = dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the options, not the recording."""
+        return {**self.__dict__, "_recorder": None}
+
+    # ------------------------------------------------------------------ inside
+
+    def _made(self, trainer: Trainer, pl_module: LightningModule) -> Recorder | None:
+        """The recorder of this training, in the directory that rank 0 chooses."""
+        root = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        path = str(self.dirpath) if self.dirpath is not None else str(Path(root) / "gradflow")
+        chosen: tuple[str, str] = ("", "")
+        if trainer.is_global_zero:
+            try:
+                chosen = (self._directory(path), "")
+            except Exception as error:  # noqa: BLE001 (the other ranks wait for the answer)
+                chosen = ("", f"{error}")
+        directory, problem = trainer.strategy.broadcast(chosen)
+        if problem:
+            raise UsageError(problem)
+        recorder = Recorder(
+            pl_module, trainer.optimizers, directory, every_n_steps=self.every_n_steps, rows=self.rows,
+            tables=self._own_tables(trainer, pl_module), strict=self.strict, rank=trainer.global_rank, claim=False,
+            run_id=self._resumed.get("run_id"),
+            info={"world_size": trainer.world_size, "precision": str(trainer.precision)},
+        )  # fmt: skip
+        recorder.count = int(self._resumed.get("count", 0))
+        return recorder
+
+    def _directory(self, path: str) -> str:
+        run_id = self._resumed.get("run_id")
+        found = resume(path, run_id) if run_id else None
+        if found is None:
+            self._resumed = {}
+            return new_directory(path)
+        return found
+
+    def _own_tables(self, trainer: Trainer, pl_module: LightningModule) -> Literal["all"] | Iterable[str]:
+        """Replicated parameters are recorded by rank 0 alone, shards by every rank."""
+        sharded = any(hasattr(p, "to_local") or getattr(p, "_is_flat_param", False) for p in pl_module.parameters())
+        if trainer.is_global_zero or sharded:
+            return self.tables
+        return chosen_tables(self.tables) - {"parameters"}
+
+    def _judge(self, trainer: Trainer) -> None:
+        """Look for findings while training goes on, ever more rarely, on rank 0."""
+        recorder = self._recorder
+        if recorder is None or not trainer.is_global_zero or not self._watch.due(recorder.written):
+            return
+        if self._watch.react(recorder.run) and trainer.world_size == 1:
+            trainer.should_stop = True
+
+    def _logger(self, trainer: Trainer) -> Callable[[int, dict[str, float]], None]:
+        def send(step: int, figures: dict[str, float]) -> None:
+            for logger in trainer.loggers:
+                try:
+                    logger.log_metrics({f"gradflow/{name}": value for name, value in figures.items()}, step=step)
+                except Exception:
+                    log.warning("a logger did not take gradflow's figures", exc_info=True)
+
+        return send
+
+    def _write_report(self, recorder: Recorder) -> None:
+        import gradflow
+
+        target = str(recorder.dirpath).rstrip("/") + "/report.html"
+        gradflow.report(recorder.run, target)
+        log.info("gradflow: %s", target)
+
+    def _guarded(self, make: Callable[[], Any]) -> Any:
+        """A fault outside the recorder does not stop training either."""
+        try:
+            return make()
+        except Exception:
+            if self.strict:
+                raise
+            log.warning("gradflow does not record this training", exc_info=True)
+            return None

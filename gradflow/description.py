@@ -1,0 +1,93 @@
+"""What a run says about itself in `run.json`: model, branches, layers, parameters, optimizers, configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradflow import __version__
+from gradflow.parameter_taps import parameter_names
+from gradflow.records import Branch, Layer, Parameter, Problem, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch.optim import Optimizer
+
+    from gradflow.records import Structure
+
+_GROUP_SETTINGS = ("lr", "eps", "betas", "weight_decay", "momentum")
+
+
+class Description:
+    """Gathers the branches, streams and layers that sampled steps meet, in the order in which they are first met."""
+
+    def __init__(self, run_id: str, config: dict[str, Any], info: dict[str, Any]) -> None:
+        self.run_id = run_id
+        self.config = config
+        self.info = info
+        self.branches: dict[str, Branch] = {}
+        self.streams: dict[str, Stream] = {}
+        self.layers: dict[str, Layer] = {}
+        self.problems: dict[tuple[str, str, str], Problem] = {}
+        self._known: set[int] = set()
+
+    def add(self, structures: Iterable[Structure], layers: dict[str, Layer]) -> None:
+        """Enter what one sampled step met; what is known already stays as it was."""
+        for structure in structures:
+            if id(structure) in self._known:  # structures live as long as the plans do, which is as long as the run
+                continue
+            for branch in structure.branches:
+                self.branches.setdefault(branch.name, branch)
+            for stream in structure.streams:
+                known = self.streams.get(stream.name)
+                if known is None or len(known.points) < len(stream.points):
+                    self.streams[stream.name] = stream
+            for problem in structure.problems:
+                self.problems.setdefault((problem.what, problem.where, problem.reason), problem)
+        for name, layer in layers.items():
+            self.layers.setdefault(name, layer)
+
+    def meta(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], *, stopped: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """The content of `run.json`."""
+        return {
+            "run_id": self.run_id, "gradflow": __version__, "torch": torch.__version__,
+            "model": type(model).__name__, "world_size": 1, "precision": "32-true", **self.info,
+            "branches": list(self.branches.values()), "streams": list(self.streams.values()),
+            "layers": list(self.layers.values()), "parameters": _parameters(model, optimizers),
+            "optimizers": [_optimizer(optimizer) for optimizer in optimizers], "config": self.config,
+            "stopped": stopped, "problems": list(self.problems.values()),
+        }  # fmt: skip
+
+
+def _parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Parameter]:
+    groups = {
+        id(parameter): f"{i}.{j}"
+        for i, optimizer in enumerate(optimizers)
+        for j, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    return [
+        Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad, groups.get(id(p)))
+        for name, p in parameter_names(model).items()
+        if not nn.parameter.is_lazy(p)
+    ]
+
+
+def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    return {
+        "class": type(optimizer).__name__,
+        "groups": [
+            {key: _plain(group[key]) for key in _GROUP_SETTINGS if key in group} for group in optimizer.param_groups
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

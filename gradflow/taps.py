@@ -1,0 +1,242 @@
+"""What watches a sampled step from inside: joins, layers, streams and trunks measured as the training's own pass runs.
+
+One `Taps` lives for one sampled step. Each pass (what runs up to a backward) is measured while it runs, analysed when
+it is complete (the analysis of a pass with the same operations is remembered in `Plans`), and then the hooks for its
+gradients are placed on autograd nodes that already exist. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.hooks import Hooks, undisturbed
+from gradflow.join_taps import JoinGradients, JoinTaps
+from gradflow.layer_taps import ACTIVATIONS, LayerTaps
+from gradflow.residuals import analyse
+from gradflow.stream_taps import StreamTaps
+from gradflow.tracing import Tracer, tensors_in
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gradflow.buffer import Buffer
+    from gradflow.records import Join, Structure
+
+_ADDITIONS = frozenset({"add", "sub"})
+_MOST_PLANS = 64
+"""Analyses remembered: a model whose control flow changes at every step must not fill the memory."""
+
+
+@dataclass(slots=True)
+class Plans:
+    """What earlier passes taught: their structures, and the role of each addition by the pass up to it.
+
+    `roles` maps the tracer's fingerprint just before an addition to "join", "partial" or "other"; an addition that is
+    not in it has never been seen at this place and is measured in case it turns out to be a join. `points` holds the
+    modules that are points of a trunk, None while no pass has been analysed.
+    """
+
+    structures: dict[int, Structure] = field(default_factory=dict)
+    roles: dict[int, str] = field(default_factory=dict)
+    points: frozenset[str] | None = None
+
+    def remember(self, fingerprint: int, structure: Structure, additions: dict[int, int]) -> None:
+        """Keep the structure of a pass; `additions` maps its addition nodes to the fingerprints before them."""
+        if len(self.structures) >= _MOST_PLANS:
+            self.structures.clear()
+            self.roles.clear()
+        self.structures[fingerprint] = structure
+        trunks = (stream.points for stream in structure.streams if stream.kind == "trunk")
+        self.points = (self.points or frozenset()).union(*trunks)
+        joins = {join.node for join in structure.joins}
+        partial = {a.addition for join in structure.joins for a in (join.skip, *join.addends)} - joins
+        for node, before in additions.items():
+            role = "join" if node in joins else "partial" if node in partial else "other"
+            self.roles[before] = role
+
+
+class Taps:
+    """The observer of one sampled step (see `tracing.Observer`)."""
+
+    watches = _ADDITIONS | ACTIVATIONS
+
+    def __init__(
+        self, model: nn.Module, buffer: Buffer, plans: Plans, *, rows: int, tables: frozenset[str],
+        on_error: Callable[[Exception], None], on_backward: Callable[[Tensor | None, bool], None],
+        after_backward: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._on_backward = on_backward
+        self._after_backward = after_backward
+        self.tracer = Tracer(model, self)
+        self.hooks = Hooks(on_error)
+        self.buffer = buffer
+        self.structures: list[Structure] = []
+        self.layers = LayerTaps(buffer, self.hooks) if "layers" in tables else None
+        self._plans = plans
+        self._rows = rows
+        self._tables = tables
+        self._on_error = on_error
+        self._passes: list[StreamTaps] = []
+        self._new_pass()
+
+    def _new_pass(self) -> None:
+        self._joins = JoinTaps(self._rows)
+        self._streams = StreamTaps(self.buffer, self.hooks, self._rows)
+        self._additions: dict[int, int] = {}
+        if self.layers is not None:
+            self.layers.new_pass()
+
+    # ------------------------------------------------------------------ operations
+
+    def before(
+        self, op: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: tuple[int | None, ...]
+    ) -> Any:
+        """Measure the operands of an addition that may be a join (runs at every addition of a sampled step)."""
+        if op not in _ADDITIONS or not self._tables & {"branches", "streams"}:
+            return None
+        try:
+            return self._before_addition(op, func, args, kwargs, operands)
+        except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
+            self._on_error(error)
+            return None
+
+    def _before_addition(
+        self, op: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: tuple[int | None, ...]
+    ) -> Any:
+        if len(operands) < 2 or operands[0] is None or operands[1] is None:
+            return None
+        x, y = args[0], args[1]
+        nodes = self.tracer._nodes  # noqa: SLF001
+        if not _summable(x, y) or "parameter" in (nodes[operands[0]].op, nodes[operands[1]].op):
+            return None
+        before = self.tracer.fingerprint()
+        role = self._plans.roles.get(before, "new")
+        if role == "other":
+            return None
+        factor = float(kwargs.get("alpha", 1)) * (-1 if op == "sub" else 1)
+        with undisturbed():
+            entry = self._joins.before(
+                (x, y), (operands[0], operands[1]), factor, nodes,
+                inplace=_overwrites(func), keep=role in {"new", "partial"}, expand=role in {"new", "join", "partial"},
+            )  # fmt: skip
+        return before, entry
+
+    def after(
+        self, node: int, op: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, token: Any
+    ) -> None:
+        """Measure the result of a watched operation (runs at every one of a sampled step)."""
+        try:
+            made = self.tracer._nodes[node]  # noqa: SLF001
+            grad = torch.is_grad_enabled()
+            with undisturbed():
+                if token is not None:
+                    before, entry = token
+                    self._additions[node] = before
+                    self._joins.after(entry, node, made.call, out)
+                elif op in ACTIVATIONS and self.layers is not None:
+                    self.layers.activation(op, made.scope, made.call, out, made.channel_dim, grad=grad)
+        except Exception as error:  # noqa: BLE001
+            self._on_error(error)
+
+    # ------------------------------------------------------------------ modules
+
+    def entered(self, call: int, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that a module's forward begins."""
+        if self.layers is not None:
+            self.layers.entered(call, path, module, grad=torch.is_grad_enabled())
+
+    def exited(self, call: int, path: str, module: nn.Module, output: Any) -> None:
+        """Measure the output of a module's forward that has ended."""
+        try:
+            with undisturbed():
+                self._joins.release(call)
+                out = next((t for t in tensors_in(output, 3) if t.is_floating_point()), None)
+                node = self.tracer.node_of(out) if out is not None else None
+                axis = -1 if node is None else self.tracer._nodes[node].channel_dim  # noqa: SLF001
+                if self.layers is not None:
+                    self.layers.exited(call, out, axis)
+                if out is not None and node is not None and "streams" in self._tables:
+                    self._streams.module(path, node, out, axis, self._plans.points)
+        except Exception as error:  # noqa: BLE001
+            self._on_error(error)
+
+    # ------------------------------------------------------------------ passes
+
+    def backward(self, name: str, args: tuple[Any, ...]) -> None:
+        """A backward pass starts while the mode is open (a loop that calls `loss.backward()` itself)."""
+        loss = args[0] if args and isinstance(args[0], Tensor) else None
+        self._on_backward(loss if name == "backward" else None, name == "backward")
+
+    def backward_done(self, name: str) -> None:
+        """That backward pass is over."""
+        if name == "backward":
+            self._after_backward()
+
+    def close_pass(self) -> None:
+        """The pass is complete: understand it, and place the hooks for its gradients."""
+        try:
+            with undisturbed():
+                self._finish_pass()
+        except Exception as error:  # noqa: BLE001
+            self._on_error(error)
+
+    def _finish_pass(self) -> None:
+        fingerprint = self.tracer.fingerprint()
+        edges = self.tracer._edges  # noqa: SLF001
+        graph = self.tracer.take()
+        if not graph.nodes or (self.structures and not graph.calls):  # what runs behind a backward is no pass
+            self._new_pass()
+            return
+        structure = self._plans.structures.get(fingerprint)
+        if structure is None:
+            structure = analyse(graph)
+            self._plans.remember(fingerprint, structure, self._additions)
+        self.structures.append(structure)
+        gradients: dict[int, JoinGradients] = {}
+        for join in structure.joins:
+            if "branches" in self._tables and self._joins.emit(join, self.buffer):
+                gradients[join.node] = self._attach(join, edges)
+        if "streams" in self._tables:
+            self._streams.finish(structure, self._joins, gradients, edges)
+            self._passes.append(self._streams)
+        self._new_pass()
+
+    def _attach(self, join: Join, edges: dict[int, Any]) -> JoinGradients:
+        gradients = JoinGradients(join, self.buffer, self.hooks)
+        gradients.attach(
+            edges.get(join.node), edges.get(join.fork), edges.get(join.skip.addition), join.skip.position
+        )
+        return gradients
+
+    def finish(self) -> None:
+        """The step is over: what is left to compute from gradients, and every hook off."""
+        with undisturbed():
+            self._finish_pass()
+            for streams in self._passes:
+                streams.gradients()
+            if self.layers is not None:
+                self.layers.finish()
+        self.close()
+
+    def close(self) -> None:
+        """Take every hook off and let go of the pass."""
+        self.hooks.remove()
+        self.tracer.take()
+        self._passes.clear()
+
+
+def _summable(x: Any, y: Any) -> bool:
+    """Whether two operands can be parts of a join: real tensors with features, of shapes that broadcast."""
+    return (
+        isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and y.is_floating_point()
+        and x.dim() > 0 and y.dim() > 0 and x.layout == torch.strided and y.layout == torch.strided
+    )  # fmt: skip
+
+
+def _overwrites(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in {"__iadd__", "__isub__"} or (name.endswith("_") and not name.endswith("__"))
