@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradflow import summary
-from gradflow.plot_style import number
+from gradflow.wording import MISSING, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,20 +24,18 @@ Line = tuple[tuple[str, bool], ...]
 class Measure:
     """A figure of a run that is compared: column title, how it is read, when a difference is worth a sentence.
 
-    `factor` is the least ratio of two runs' values, `gap` the least difference, whichever is given.
+    `gap` is the least difference that is, as a part of the larger of the two where `relative`.
     """
 
     title: str
     of: Callable[[View], float | None]
     sentence: str
-    factor: float = 0.0
-    gap: float = 0.0
+    gap: float
+    relative: bool = True
 
     def matters(self, low: float, high: float) -> bool:
         """Whether two values lie far enough apart to say so."""
-        if self.factor:
-            return low <= 0 < high or (low > 0 and high / low >= self.factor)
-        return high - low >= self.gap
+        return high - low >= self.gap * (max(abs(low), abs(high)) if self.relative else 1.0)
 
 
 def last_loss(view: View) -> float | None:
@@ -62,16 +60,22 @@ def median_update(view: View) -> float | None:
 
 
 MEASURES = (
-    Measure("loss, last", last_loss, "The loss ends at", gap=0.05),
+    Measure("loss, last", last_loss, "The loss ends at", gap=0.03),
     Measure(
-        "gradient, input / output",
+        "gradient, input over output",
         summary.gradient_ratio,
-        "Of the gradient at the output, this much is left (or more has grown) at the input:",
-        factor=5.0,
+        "The gradient at the input, over that at the output, is",
+        gap=0.8,
     ),
-    Measure("token cosine, output", summary.output_cosine, "The cosine between tokens at the output is", gap=0.1),
-    Measure("branch / skip, median", median_ratio, "Branch over skip, by the median branch, is", factor=2.0),
-    Measure("update / weight, median", median_update, "Update over weight, by the median parameter, is", factor=3.0),
+    Measure(
+        "token cosine, output",
+        summary.output_cosine,
+        "The cosine between tokens at the output is",
+        gap=0.1,
+        relative=False,
+    ),
+    Measure("branch over skip, median", median_ratio, "Branch over skip, by the median branch, is", gap=0.5),
+    Measure("update over weight, median", median_update, "Update over weight, by the median parameter, is", gap=0.67),
 )
 
 
@@ -81,7 +85,7 @@ def table(views: Mapping[str, View]) -> dict[str, tuple[str, ...]]:
 
 
 def _text(value: float | None) -> str:
-    return "–" if value is None else number(value)
+    return MISSING if value is None else number(value)
 
 
 def in_words(views: Mapping[str, View], findings: Mapping[str, Sequence[Finding]]) -> list[Line]:

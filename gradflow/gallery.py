@@ -16,6 +16,7 @@ from gradflow import plot_style as style
 from gradflow.errors import UsageError
 from gradflow.grids import View
 from gradflow.plot_svg import new_figure, quiet, to_svg
+from gradflow.wording import label, number, printable
 
 if TYPE_CHECKING:
     import os
@@ -69,11 +70,15 @@ SECTIONS = (SIGNAL, GRADIENT, TRAINING, MAPS, TOKENS, LAYERS, ATTENTION, COMPARE
 
 PICTURES: tuple[Picture, ...] = (
     Picture("signal-depth", SIGNAL, "Size of the stream", plot_depth.plot_signal_depth, "streams out_rms", marks=True),
-    Picture("branch-depth", SIGNAL, "Size of each branch", plot_depth.plot_branch_depth, "branches branch_rms", marks=True),
-    Picture("ratio-depth", SIGNAL, "Branch over skip", plot_depth.plot_ratio_depth, "branches branch_ratio", marks=True),
-    Picture("gradient-depth", GRADIENT, "Size of the gradient", plot_depth.plot_gradient_depth, "streams grad_rms", marks=True),
+    Picture("branch-depth", SIGNAL, "Size of each branch",
+            plot_depth.plot_branch_depth, "branches branch_rms", marks=True),
+    Picture("ratio-depth", SIGNAL, "Branch over skip",
+            plot_depth.plot_ratio_depth, "branches branch_ratio", marks=True),
+    Picture("gradient-depth", GRADIENT, "Size of the gradient",
+            plot_depth.plot_gradient_depth, "streams grad_rms", marks=True),
     Picture("gain-depth", GRADIENT, "Gain of each join", plot_depth.plot_gain_depth, "branches gain", marks=True),
-    Picture("path-lengths", GRADIENT, "How deep the gradient goes", plot_layers.plot_path_lengths, "branches grad_branch_ratio"),
+    Picture("path-lengths", GRADIENT, "How deep the gradient goes",
+            plot_layers.plot_path_lengths, "branches grad_branch_ratio"),
     Picture("loss", TRAINING, "Loss", plot_time.plot_loss, "steps loss", marks=True),
     Picture("grad-norm", TRAINING, "Gradient norm", plot_time.plot_grad_norm, "steps grad_norm", marks=True),
     Picture("ratio-map", MAPS, "Branch over skip", plot_heat.plot_ratio_map, "branches branch_ratio"),
@@ -82,20 +87,26 @@ PICTURES: tuple[Picture, ...] = (
     Picture("gain-map", MAPS, "Gain of the gradient", plot_heat.plot_gain_map, "branches gain"),
     Picture("signal-map", MAPS, "Size of the stream", plot_heat.plot_signal_map, "streams out_rms"),
     Picture("update-map", MAPS, "Update over weight", plot_heat.plot_update_map, "parameters update_ratio"),
-    Picture("token-cosine", TOKENS, "Likeness of tokens", plot_depth.plot_token_cosine, "streams token_cosine", marks=True),
-    Picture("effective-rank", TOKENS, "Effective rank", plot_depth.plot_effective_rank, "streams effective_rank", marks=True),
+    Picture("token-cosine", TOKENS, "Likeness of tokens",
+            plot_depth.plot_token_cosine, "streams token_cosine", marks=True),
+    Picture("effective-rank", TOKENS, "Effective rank",
+            plot_depth.plot_effective_rank, "streams effective_rank", marks=True),
     Picture("outliers", TOKENS, "Largest element", plot_depth.plot_outliers, "streams max_over_median", marks=True),
-    Picture("units", LAYERS, "Dead and saturated units", plot_layers.plot_units, "layers dead_fraction saturated_fraction"),
+    Picture("units", LAYERS, "Dead and saturated units",
+            plot_layers.plot_units, "layers dead_fraction saturated_fraction"),
     Picture("update-ratio", LAYERS, "Update over weight", plot_layers.plot_update_ratio, "parameters update_ratio"),
-    Picture("attention-entropy", ATTENTION, "Entropy of attention", plot_depth.plot_attention_entropy, "attention entropy", marks=True),
-    Picture("attention-logits", ATTENTION, "Largest logit", plot_depth.plot_attention_logits, "attention logit_max", marks=True),
+    Picture("attention-entropy", ATTENTION, "Entropy of attention",
+            plot_depth.plot_attention_entropy, "attention entropy", marks=True),
+    Picture("attention-logits", ATTENTION, "Largest logit",
+            plot_depth.plot_attention_logits, "attention logit_max", marks=True),
 )  # fmt: skip
 """Every picture of one run, in the order of the report; the ledgers (`ledgers`) come beside them, one a stream."""
 
 COMPARISONS: tuple[Picture, ...] = (
     Picture("compare-loss", TRAINING, "Loss", plot_compare.plot_compare_loss, "steps loss"),
     Picture("compare-grad-norm", TRAINING, "Gradient norm", plot_compare.plot_compare_grad_norm, "steps grad_norm"),
-    Picture("compare-gradient", COMPARED, "Size of the gradient", plot_compare.plot_compare_gradient, "streams grad_rms"),
+    Picture("compare-gradient", COMPARED, "Size of the gradient",
+            plot_compare.plot_compare_gradient, "streams grad_rms"),
     Picture("compare-tokens", COMPARED, "Likeness of tokens", plot_compare.plot_compare_tokens, "streams token_cosine"),
     Picture("compare-signal", COMPARED, "Size of the stream", plot_compare.plot_compare_signal, "streams out_rms"),
     Picture("compare-ratio", COMPARED, "Branch over skip", plot_compare.plot_compare_ratio, "branches branch_ratio"),
@@ -111,8 +122,8 @@ def ledgers(run: Tables, most: int = 3) -> list[Picture]:
         ("gradient_share", "gradient-ledger", GRADIENT, "Which way the gradient came", plot_time.plot_gradient_ledger),
     ):
         streams = plot_time.ledger_streams(view, column)
-        for number, stream in enumerate(streams[:most]):
-            own = (f"{key}-{number}", f"{title} ({stream})") if len(streams) > 1 else (key, title)
+        for place, stream in enumerate(streams[:most]):
+            own = (f"{key}-{place}", f"{title} ({stream})") if len(streams) > 1 else (key, title)
             result.append(Picture(own[0], section, own[1], partial(plot, stream=stream), f"branches {column}"))
     return result
 
@@ -126,7 +137,7 @@ def draw(
     def into(ax: Axes) -> None:
         picture.plot(run, ax, **options)
         if title:
-            ax.figure.suptitle(style.label(f"{picture.section}: {picture.title}", 80), fontsize=10, color=style.INK)  # type: ignore[union-attr]
+            ax.figure.suptitle(label(f"{picture.section}: {picture.title}", 80), fontsize=10, color=style.INK)
 
     return new_figure(into)
 
@@ -134,7 +145,7 @@ def draw(
 def picture_svg(picture: Picture, run: Tables | Mapping[str, Tables], *, findings: Sequence[Finding] = ()) -> str:
     """The picture as an `<svg>` element for a page, with a text alternative."""
     figure = draw(picture, run, findings=findings)
-    return to_svg(figure, key=picture.key, title=style.printable(picture.title), description=describe(figure))
+    return to_svg(figure, key=picture.key, title=printable(picture.title), description=describe(figure))
 
 
 def describe(figure: Figure) -> str:
@@ -149,7 +160,7 @@ def describe(figure: Figure) -> str:
     kind = "Heat map" if ax.images else ("Bars" if ax.patches else "Chart")
     if ax.images and len(figure.axes) > 1:
         low, high = figure.axes[-1].get_ylim()
-        lines = [f"colours from {style.number(low)} to {style.number(high)}", *lines]
+        lines = [f"colours from {number(low)} to {number(high)}", *lines]
     return f"{kind} of {unit} against {ax.get_xlabel()}. " + "; ".join(filter(None, lines))
 
 
@@ -158,13 +169,17 @@ def _describe_line(label: object, data: object) -> str:
     values = values[np.isfinite(values)]
     if not values.size:
         return ""
-    first, last, low, high = (style.number(float(v)) for v in (values[0], values[-1], values.min(), values.max()))
+    first, last, low, high = (number(float(v)) for v in (values[0], values[-1], values.min(), values.max()))
     return f"{label}: {first} at the left, {last} at the right, between {low} and {high}"
 
 
 def export(
-    run: Tables, directory: str | os.PathLike[str], *, format: Literal["pdf", "png", "svg"] = "pdf", findings: Sequence[Finding] = (),  # noqa: A002
-) -> list[Path]:  # fmt: skip
+    run: Tables,
+    directory: str | os.PathLike[str],
+    *,
+    format: Literal["pdf", "png", "svg"] = "pdf",  # noqa: A002
+    findings: Sequence[Finding] = (),
+) -> list[Path]:
     """Write every picture that the run has data for as a file of its own into `directory`; return their paths.
 
     Raises:
@@ -207,8 +222,8 @@ def overview(run: Tables, *, findings: Sequence[Finding] = ()) -> Figure:
     shown = [known[key] for key in order if known[key].available(view)][:6]
     with matplotlib.style.context(["default", style.SETTINGS]), quiet():
         figure = Figure(figsize=(12.6, 6.6), layout="constrained")
-        for number, picture in enumerate(shown, 1):
-            ax = figure.add_subplot(2, 3, number)
+        for place, picture in enumerate(shown, 1):
+            ax = figure.add_subplot(2, 3, place)
             picture.plot(view, ax, **({"findings": findings} if picture.marks and picture.key != "loss" else {}))
         if not shown:
             style.nothing(figure.add_subplot(), "Nothing was recorded")

@@ -6,7 +6,6 @@ costly (a table, the position of each row) from one picture to the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from gradflow.records import Branch, Layer, Parameter, Stream
@@ -189,8 +190,10 @@ class View:
         if table == "streams":
             listed = [(stream.name, point) for stream in self.streams for point in stream.points]
         else:
-            kinds = {"branches": self.branches, "parameters": self.parameters}
-            listed = [(thing.name,) for thing in kinds.get(table, self.layers)]
+            things: Sequence[Branch | Parameter | Layer] = self.layers
+            if table in {"branches", "parameters"}:
+                things = self.branches if table == "branches" else self.parameters
+            listed = [(thing.name,) for thing in things]
         rank = {key: i for i, key in enumerate(listed)}
         return sorted(range(len(names)), key=lambda i: rank.get(names[i], len(rank)))
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradflow.grids import View
-from gradflow.plot_style import number
+from gradflow.wording import MISSING, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradflow.grids import Grid
+    from gradflow.grids import Grid, View
     from gradflow.records import Finding
 
 BRANCH_COLUMNS = (
@@ -49,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """A table: `groups` are (heading, rows), `left_out` counts rows that did not fit, `step` is when it was measured."""
+    """A table: `groups` are (heading, rows), `left_out` rows did not fit, `step` is when it was measured."""
 
     columns: tuple[str, ...]
     groups: tuple[tuple[str, tuple[Row, ...]], ...]
@@ -67,7 +66,7 @@ def branches(view: View, findings: Sequence[Finding], *, most: int = 2000) -> In
     figures, step = _figures(view, "branches", BRANCH_COLUMNS)
     groups: dict[str, list[Row]] = {}
     for at, branch in enumerate(view.branches[:most], 1):
-        words = [branch.placement if branch.placement != "none" else "no norm"]
+        words: list[str] = [branch.placement if branch.placement != "none" else "no norm"]
         if branch.kind == "projection":
             words.append("projection")
         if branch.occurrence:
@@ -141,11 +140,11 @@ def _cell(grid: Grid, step: int, name: int) -> str:
     if grid.broken[step, name]:
         return "not finite"
     value: Any = grid.values[step, name]
-    return "–" if np.isnan(value) else number(float(value))
+    return MISSING if np.isnan(value) else number(float(value))
 
 
 def _blank(columns: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    return ("–",) * len(columns)
+    return (MISSING,) * len(columns)
 
 
 def _named(name: str, findings: Sequence[Finding]) -> tuple[int, ...]:

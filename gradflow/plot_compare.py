@@ -11,6 +11,7 @@ import numpy as np
 
 from gradflow import plot_style as style
 from gradflow.grids import Tables, View
+from gradflow.wording import label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +28,11 @@ def look(number: int) -> dict[str, Any]:
     return {"color": style.SERIES[color], "linestyle": style.DASHES[(turn + color) % len(style.DASHES)]}
 
 
+def _name(name: str, runs: Mapping[str, Tables]) -> str:
+    """A run's name for the legend: whole where there are few, short enough for two columns where there are many."""
+    return label(name, 46 if len(runs) <= 4 else 22)
+
+
 def _over_steps(runs: Mapping[str, Tables], ax: Axes, column: str, *, unit: str, log: bool) -> Axes:
     style.dress(ax, x="optimizer step", y=unit)
     seen: list[Floats] = []
@@ -34,9 +40,7 @@ def _over_steps(runs: Mapping[str, Tables], ax: Axes, column: str, *, unit: str,
         steps, values = View.of(run).series(column)
         if np.isfinite(values).any():
             line = look(number)
-            style.draw_series(
-                ax, steps, values, color=line["color"], dashes=line["linestyle"], name=style.label(name, 30)
-            )
+            style.draw_series(ax, steps, values, color=line["color"], dashes=line["linestyle"], name=_name(name, runs))
             seen.append(values)
     if not seen:
         return style.nothing(ax, f"No {unit} was recorded")
@@ -60,8 +64,8 @@ def _over_relative_depth(
         if steps:
             row = grid.row(steps[-1])
             x = np.linspace(0.0, 1.0, len(row)) if len(row) > 1 else np.array([0.5])
-            dot = {"marker": ".", "markersize": 4} if len(row) < 60 else {}
-            ax.plot(x, row, label=style.label(name, 30), linewidth=1.6, **look(number), **dot)
+            dot: dict[str, Any] = {"marker": ".", "markersize": 4} if len(row) < 60 else {}
+            ax.plot(x, row, label=_name(name, runs), linewidth=1.6, **look(number), **dot)
             seen.append(row)
     if not seen:
         return style.nothing(ax, f"No {unit} was recorded")

@@ -1,13 +1,13 @@
 """Pictures over depth: what the signal, the gradient and the tokens look like from the input to the output.
 
-Each takes an `Axes`, draws the first, the middle and the last sampled step into it and returns it. Branches are numbered
-in order of execution, as in the report's list of branches.
+Each takes an `Axes`, draws the first, the middle and the last sampled step into it and returns it. Branches are
+numbered in order of execution, as in the report's list of branches.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from gradflow import plot_style as style
 from gradflow import theory
 from gradflow.grids import Grid, Tables, View
+from gradflow.wording import label
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,33 +30,6 @@ if TYPE_CHECKING:
 MARKERS = ("o", "s", "^")
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Names that are drawn as one line: a stream, `x` holding their places on the depth axis."""
-
-    name: str
-    index: NDArray[np.int64]
-    x: Floats
-
-
-def stretches(view: View, grid: Grid, table: str) -> list[Stretch]:
-    """The streams of a grid, one behind the other: points are numbered from 0 in each, all else from 1 throughout."""
-    if table == "streams":
-        groups = [name[0] for name in grid.names]
-    elif table == "branches":
-        stream_of = {branch.name: branch.stream for branch in view.branches}
-        groups = [stream_of.get(name[0], "") for name in grid.names]
-    else:
-        groups = [""] * len(grid.names)
-    gap = 1.0 if table == "streams" else 0.0
-    result, start, count = [], 0.0 if table == "streams" else 1.0, Counter(groups)
-    for group in dict.fromkeys(groups):
-        index = np.array([i for i, name in enumerate(groups) if name == group], dtype=np.int64)
-        result.append(Stretch(group, index, start + np.arange(count[group])))
-        start += count[group] - 1 + max(gap, 1.0)
-    return result
-
-
 def roles_of(labels: Sequence[str]) -> list[str]:
     """What each branch is in its block (`attn`, `mlp`), where two or three kinds alternate; else all the same."""
     last = [label.rsplit(".", 1)[-1].rstrip("0123456789") for label in labels]
@@ -68,7 +42,7 @@ def roles_of(labels: Sequence[str]) -> list[str]:
 def draw_stages(view: View, ax: Axes, table: str, column: str, *, split: bool = False) -> Grid:
     """The column over depth as one line a stage (and role), and marks where a value is zero or not finite."""
     grid = view.grid(table, column)
-    parts, stages = stretches(view, grid, table), style.stages(grid)
+    parts, stages = style.stretches(view, grid, table), style.stages(grid)
     roles = np.array(roles_of(grid.labels) if split else [""] * len(grid.names))
     for step, look in stages:
         values, last, text = grid.row(step), step == stages[-1][0], f"step {step:,}"
@@ -100,24 +74,24 @@ def _role_legend(ax: Axes, roles: list[str]) -> None:
             marker=MARKERS[kind],
             markersize=4,
             color=style.STAGES[2]["color"],
-            label=style.label(role, 16),
+            label=label(role, 16),
         )
 
 
-def _breaks(ax: Axes, parts: list[Stretch]) -> None:
+def _breaks(ax: Axes, parts: list[style.Stretch]) -> None:
     """A rule between streams, and their names where there is room."""
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         ax.axvline((before.x[-1] + part.x[0]) / 2, color=style.RULE, linewidth=0.9, zorder=0)
     if 1 < len(parts) <= 6:
         width = 46 // len(parts)
         for part in parts:
             ax.text(
-                float(part.x.mean()), 1.0, style.label(part.name, width), transform=ax.get_xaxis_transform(),
+                float(part.x.mean()), 1.0, label(part.name, width), transform=ax.get_xaxis_transform(),
                 ha="center", va="bottom", fontsize=7.5, color=style.MUTED, clip_on=False,
             )  # fmt: skip
 
 
-def _edge_marks(ax: Axes, grid: Grid, parts: list[Stretch], step: int) -> None:
+def _edge_marks(ax: Axes, grid: Grid, parts: list[style.Stretch], step: int) -> None:
     index = np.concatenate([part.index for part in parts])
     x = np.concatenate([part.x for part in parts])
     values, broken = grid.row(step)[index], grid.broken[int(np.searchsorted(grid.steps, step))][index]
@@ -134,7 +108,7 @@ def mark_findings(view: View, ax: Axes, grid: Grid, table: str, findings: Iterab
         named |= {join_of[name] for name in named & join_of.keys()}
         flags = np.array([label in named for label in grid.labels], dtype=np.bool_)
         x = np.zeros(len(flags))
-        for part in stretches(view, grid, table):
+        for part in style.stretches(view, grid, table):
             x[part.index] = part.x
         style.marks(
             ax, x, flags, at=-0.012, marker="^", color=style.SEVERITY[severity], text=f"named by a finding ({severity})"
@@ -188,8 +162,8 @@ def _theory(ax: Axes, x: Floats, y: Floats, text: str) -> None:
 def plot_signal_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
     """RMS of the stream (or trunk) at each of its points.
 
-    Read it: a pre-norm stream grows slowly, like √depth. A straight climb on this logarithmic axis is exponential growth;
-    a fall means that the signal dies.
+    Read it: a pre-norm stream grows slowly, like √depth. A straight climb on this logarithmic axis is exponential
+    growth; a fall means that the signal dies.
     """
     _, grid = over_depth(run, ax, "streams", "out_rms", unit="RMS of the stream", findings=findings)
     return finish(ax, grid)
@@ -214,7 +188,7 @@ def plot_ratio_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ())
         run, ax, "branches", "branch_ratio", unit="branch RMS / skip RMS", split=True, findings=findings
     )
     drawn: list[float] = []
-    for part in stretches(view, grid, "branches"):
+    for part in style.stretches(view, grid, "branches"):
         if _placement(view, part.name) == "pre-norm":
             depth = np.arange(1.0, len(part.x) + 1)
             curve = np.sqrt(theory.prenorm_branch_share(depth))
@@ -234,7 +208,7 @@ def plot_gradient_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = 
     view, grid = over_depth(run, ax, "streams", "grad_rms", unit="RMS of the gradient ∂L/∂x", findings=findings)
     drawn: list[float] = []
     stages = style.stages(grid)
-    for part in stretches(view, grid, "streams") if stages else []:
+    for part in style.stretches(view, grid, "streams") if stages else []:
         placement, end = _placement(view, part.name), grid.row(stages[0][0])[part.index][-1]
         if placement == "none" or not end > 0:
             continue

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, to_rgba
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-import matplotlib as mpl
 from gradflow import plot_style as style
 from gradflow.grids import Grid, Tables, View, run_starts
+from gradflow.wording import label, number, rows_of_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,20 +83,20 @@ def draw_map(ax: Axes, grid: Grid, *, unit: str, scale: Scale) -> Axes:
         style.legend(ax)
     bar = ax.figure.colorbar(ScalarMappable(look.norm, look.map), ax=ax, pad=0.02, aspect=28, fraction=0.06)
     bar.solids.set_rasterized(True)  # type: ignore[union-attr]  # 256 paths otherwise
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(unit, color=style.MUTED, fontsize=9)
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_locator(FixedLocator(look.ticks))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     bar.ax.tick_params(colors=style.INK, labelsize=8.5, length=2, color=style.MUTED)
     return ax
 
 
 def _name_rows(ax: Axes, grid: Grid) -> None:
-    common, positions, names = style.rows_of_names(grid.labels)
+    common, positions, names = rows_of_names(grid.labels)
     ax.yaxis.set_major_locator(FixedLocator([p + 0.5 for p in positions]))
-    ax.set_yticklabels([style.label(name, 18) for name in names], fontsize=7.5)
-    ax.set_ylabel(style.label(f"{common}. …" if common else "", 34), color=style.MUTED, fontsize=8.5)
+    ax.set_yticklabels([label(name, 18) for name in names], fontsize=7.5)
+    ax.set_ylabel(label(f"{common}. …" if common else "", 34), color=style.MUTED, fontsize=8.5)
 
 
 def _name_columns(ax: Axes, grid: Grid, columns: int) -> None:

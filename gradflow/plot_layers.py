@@ -1,4 +1,4 @@
-"""Pictures of layers, parameters and paths: units that never fire, updates against weights, how deep the gradient goes."""
+"""Pictures of layers, parameters and paths: dead units, updates against weights, how deep the gradient goes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import numpy as np
 from gradflow import plot_style as style
 from gradflow import theory
 from gradflow.grids import Tables, View
+from gradflow.wording import label, rows_of_names
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
@@ -40,14 +39,14 @@ def plot_units(run: Tables, ax: Axes) -> Axes:
     order = [int(i) for i in np.argsort(-np.nan_to_num(worst, nan=-1.0), kind="stable") if np.isfinite(worst[i])][
         :WORST
     ]
-    common, _, names = style.rows_of_names([labels[i] for i in order], limit=WORST)
-    style.dress(ax, x="part of the layer (%)", y=style.label(f"{common}. …" if common else "", 34))
+    common, _, names = rows_of_names([labels[i] for i in order], limit=WORST)
+    style.dress(ax, x="part of the layer (%)", y=label(f"{common}. …" if common else "", 34))
     places, height = np.arange(len(order), dtype=np.float64), 0.8 / len(last)
     for row, (column, values) in enumerate(last.items()):
         color = style.VERMILLION if column == "dead_fraction" else style.PURPLE
         offset = (row - (len(last) - 1) / 2) * height
         ax.barh(places + offset, 100 * np.nan_to_num(values[order]), height=height, color=color, label=kinds[column])
-    ax.set_yticks(places, [style.label(name, 22) for name in names], fontsize=8)
+    ax.set_yticks(places, [label(name, 22) for name in names], fontsize=8)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.grid(visible=True, axis="x", color=style.RULE, linewidth=0.7)
@@ -90,7 +89,8 @@ def plot_path_lengths(run: Tables, ax: Axes) -> Axes:
 
     From what each branch returns over what the skip returns, as if the two were independent.
 
-    Read it: most of the gradient takes short paths (Veit 2016). All of it at 0 means that the branches hardly take part.
+    Read it: most of the gradient takes short paths (Veit 2016). All of it at 0 means that the branches hardly take
+    part.
     """
     view = View.of(run)
     grid = view.grid("branches", "grad_branch_ratio")
@@ -112,11 +112,3 @@ def plot_path_lengths(run: Tables, ax: Axes) -> Axes:
     style.linear_axis(ax.yaxis)
     style.legend(ax)
     return ax
-
-
-def worst_layers(view: View, column: str, most: int) -> Sequence[tuple[str, float]]:
-    """Layers with the largest value of a column at its last recorded step, the largest first, those above 0 only."""
-    grid = view.grid("layers", column)
-    steps = grid.recorded_steps()
-    row = np.nan_to_num(grid.row(steps[-1])) if steps else np.zeros(len(grid.names))
-    return [(grid.labels[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:most] if row[i] > 0]

@@ -1,7 +1,7 @@
 """A matplotlib figure as SVG that stands inside a page: small, safe, the same each time, and legible on light and dark.
 
-matplotlib writes a whole document with fixed colours and ids that repeat from figure to figure. Here it is parsed as XML
-(never edited as text: names in it are user input), stripped, and its colours become CSS variables of the page.
+matplotlib writes a whole document with fixed colours and ids that repeat from figure to figure. Here it is parsed as
+XML (never edited as text: names in it are user input), stripped, and its colours become CSS variables of the page.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def to_svg(figure: Figure, *, key: str, title: str, description: str) -> str:
     """The figure as an `<svg>` element for a page, with a text alternative; `key` makes its ids unique there."""
     file = io.BytesIO()
     with matplotlib.style.context(["default", SETTINGS]), quiet():
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+        FigureCanvasSVG(figure)
+        figure.savefig(file, format="svg", metadata={"Date": None})
     root = ET.fromstring(file.getvalue())  # noqa: S314 (written by matplotlib a line above)
     _shrink(root)
     _own_ids(root, key)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import matplotlib as mpl
 import numpy as np
 
-import matplotlib as mpl
 from gradflow import plot_style as style
 from gradflow.grids import Grid, Tables, View, run_starts
 
@@ -30,8 +30,8 @@ def mark_findings(ax: Axes, findings: Sequence[Finding], first: float, last: flo
         y, color = 1.03 + 0.055 * row, style.SEVERITY[finding.severity]
         start, stop = (min(max(step, first), last) for step in finding.steps)
         ax.plot(
-            (start, stop), (y, y), color=color, linewidth=3, solid_capstyle="butt", marker="|", markersize=7, markeredgewidth=3,
-            transform=ax.get_xaxis_transform(), clip_on=False,
+            (start, stop), (y, y), color=color, linewidth=3, solid_capstyle="butt", marker="|", markersize=7,
+            markeredgewidth=3, transform=ax.get_xaxis_transform(), clip_on=False,
         )  # fmt: skip
         ax.annotate(
             str(at), (start, y), xycoords=ax.get_xaxis_transform(), xytext=(-5, 0), textcoords="offset points",
@@ -87,7 +87,8 @@ def plot_learning_rate(run: Tables, ax: Axes, *, findings: Sequence[Finding] = (
 def ledger_streams(view: View, column: str) -> list[str]:
     """Streams whose ledger was recorded, that of the most branches first."""
     shares = view.grid("branches", column)
-    known = {label for label, any_ in zip(shares.labels, np.isfinite(shares.values).any(axis=0), strict=True) if any_}
+    seen = np.flatnonzero(np.isfinite(shares.values).any(axis=0))
+    known = {shares.labels[i] for i in seen}
     streams = [branch.stream for branch in view.branches if branch.name in known]
     return sorted(dict.fromkeys(streams), key=lambda name: -streams.count(name))
 
@@ -117,7 +118,7 @@ def _plot_ledger(run: Tables, ax: Axes, column: str, stream: str | None, own_nam
     starts = run_starts(values.shape[1], 6)
     entries = [(own_name, own, style.RULE)]
     for number, (start, stop) in enumerate(zip(starts, [*starts[1:], values.shape[1]], strict=True)):
-        name = f"branch {start + 1}" if stop - start == 1 else f"branches {start + 1}–{stop}"
+        name = f"branch {start + 1}" if stop - start == 1 else f"branches {start + 1} to {stop}"
         shade = mpl.colors.to_hex(mpl.colormaps[style.SEQUENTIAL](0.12 + 0.82 * number / max(1, len(starts) - 1)))
         entries.append((name, values[:, start:stop].sum(axis=1), shade))
     _stack(ax, steps, entries)

@@ -15,14 +15,15 @@ from gradflow import differences, gallery, inventory, summary
 from gradflow.errors import RunError, UsageError
 from gradflow.grids import View
 from gradflow.plot_compare import look
-from gradflow.plot_style import THEME, css_color, number, printable
+from gradflow.plot_style import THEME, css_color
+from gradflow.wording import MISSING, number, printable
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from gradflow.grids import Tables
     from gradflow.gallery import Picture
+    from gradflow.grids import Tables
     from gradflow.records import Finding
     from gradflow.store import Run
 
@@ -124,7 +125,9 @@ def render_comparison(runs: Mapping[str, Run], *, findings: Sequence[Sequence[Fi
                 "name": name,
                 "model": str(run.meta.get("model") or "unnamed model"),
                 "color": css_color(line["color"]),
-                "dashes": "" if isinstance(line["linestyle"], str) else " ".join(f"{3 * d:g}" for d in line["linestyle"][1]),
+                "dashes": ""
+                if isinstance(line["linestyle"], str)
+                else " ".join(f"{3 * d:g}" for d in line["linestyle"][1]),
                 "verdict": summary.make_verdict(run, found[name], checks),
                 "codes": list(dict.fromkeys(f.code for f in found[name] if f.severity != "info")),
                 "figures": figures[name],
@@ -139,6 +142,11 @@ def render_comparison(runs: Mapping[str, Run], *, findings: Sequence[Sequence[Fi
         differences=differences.in_words(views, found),
         sections=_sections(gallery.COMPARISONS, views, ()),
     )  # fmt: skip
+
+
+def _dashes(linestyle: Any) -> str:
+    """Matplotlib's dashes, counted in line widths, for a line 3 wide."""
+    return "" if isinstance(linestyle, str) else " ".join(f"{3 * length:g}" for length in linestyle[1])
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
@@ -217,7 +225,7 @@ def words(key: str) -> str:
 def plain(value: Any) -> str:
     """A value of the evidence as a person writes it."""
     if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
+        return {True: "yes", False: "no", None: MISSING}[value]
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):

@@ -1,19 +1,21 @@
 """The words and numbers of a report's first screen: verdict, key figures, where in depth, how it was recorded.
 
-Plain records for a template or a card; no HTML here. Rules decide what is wrong, pictures show it; this says it briefly.
+Plain records for a template or a card; no HTML here. Rules decide what is wrong, pictures show it; this says it
+briefly.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gradflow.grids import View, run_starts
-from gradflow.plot_style import number, printable
 from gradflow.plot_time import ledger_streams, stream_ledger
+from gradflow.wording import number, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -219,7 +221,7 @@ def depth_strip(run: Run, findings: Sequence[Finding]) -> list[Cell]:
         return []
     starts = [*(int(i) for i in run_starts(len(names), MOST_CELLS)), len(names)]
     cells = []
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in pairwise(starts):
         worst = min((severity[name] for name in names[start:stop]), key=lambda s: RANK.get(s, 9))
         cells.append(Cell(names[start], names[stop - 1], worst))
     return cells
@@ -238,11 +240,12 @@ def _severity_of(name: str, findings: Sequence[Finding]) -> str:
 def recording(run: Run) -> list[Fact]:
     """What was recorded, of what, how, and at what cost."""
     meta, view = run.meta, View.of(run)
-    config = meta.get("config") or {}
+    config, steps = meta.get("config") or {}, run.steps
+    parts = (("branch", run.branches), ("stream", run.streams), ("layer", run.layers), ("parameter", run.parameters))
     facts = [
         Fact("Model", str(meta.get("model") or "unnamed")),
-        Fact("Structure", f"{plural(len(run.branches), 'branch')}, {plural(len(run.streams), 'stream')}, {plural(len(run.layers), 'layer')}, {plural(len(run.parameters), 'parameter')}"),
-        Fact("Sampled steps", f"{len(run.steps):,}" + (f", {run.steps[0]:,} to {run.steps[-1]:,}" if run.steps else "")),
+        Fact("Structure", ", ".join(plural(len(things), noun) for noun, things in parts)),
+        Fact("Sampled steps", f"{len(steps):,}" + (f", {steps[0]:,} to {steps[-1]:,}" if steps else "")),
         Fact("Settings", ", ".join(f"{key} = {_plain(value)}" for key, value in config.items()) or "unknown"),
         Fact("Optimizer", "; ".join(_optimizer(o) for o in meta.get("optimizers") or []) or "none known"),
         Fact("Precision", str(meta.get("precision") or "unknown")),

@@ -1,0 +1,89 @@
+"""Names and numbers as people read them, in pictures and on pages: nothing unseen, nothing too long, three digits."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST_NAMES = 14  # labels that fit beside a heat map
+MISSING = "\N{EN DASH}"
+
+
+def printable(text: str) -> str:
+    r"""The text with what cannot be seen (control and format characters, lone surrogates) written as `\u202e`."""
+    return "".join(_visible(char) for char in text)
+
+
+def _visible(char: str) -> str:
+    if unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}:
+        return char
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def label(text: str, limit: int = 34) -> str:
+    """A name for a figure: printable, shortened in the middle, and never read as mathematics."""
+    text = printable(text)
+    if len(text) > limit:
+        text = text[: limit // 2 - 1] + "…" + text[-(limit - limit // 2) :]
+    return text.replace("$", r"\$")
+
+
+def number(value: float) -> str:
+    """A number as a person writes it: three digits, 12 500 as 12.5k, tiny ones as 3.2×10⁻⁷."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("∞" if value > 0 else "-∞")
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if 1e-3 <= size < 1e4:
+        text = f"{value:.3g}" if size < 1e3 else f"{value:,.0f}"
+        if size < 1 and text.lstrip("-") == "1":  # 0.9998 is not 1 where a cosine is meant
+            text = f"{value:.6f}".rstrip("0")
+        return text.replace("-", "−")
+    exponent = math.floor(math.log10(size))
+    mantissa = f"{value / 10.0**exponent:.2g}".replace("-", "−")
+    power = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{power}" if mantissa == "1" else f"{mantissa}×10{power}"
+
+
+def rows_of_names(labels: Sequence[str], limit: int = MOST_NAMES) -> tuple[str, list[int], list[str]]:
+    """What most names have in common, and a few of them to show: (common prefix, positions, short names).
+
+    All are shown where they fit. Otherwise one a module (the first of `h.3.attn`, `h.3.mlp` as `h.3`), then every
+    second module, and so on; never two so close that they would touch.
+    """
+    parts = [name.split(".") for name in labels]
+    common = _shared_start(parts)
+    short = [part[len(common) :] if part[: len(common)] == common else part for part in parts]
+    positions, drop = list(range(len(short))), 0
+    while len(positions) > limit and drop < 3:
+        drop += 1
+        keys = [tuple(part[: max(1, len(part) - drop)]) for part in short]
+        positions = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
+    positions = positions[:: math.ceil(len(positions) / limit)] if positions else []
+    least = 0.8 * len(short) / limit
+    apart: list[int] = []
+    for position in reversed(positions):  # from below, so that of two the deeper one stays: `h.0` rather than `embed`
+        if not apart or apart[-1] - position >= least:
+            apart.append(position)
+    names = [".".join(short[i][: max(1, len(short[i]) - drop)]) for i in reversed(apart)]
+    return ".".join(common), apart[::-1], names
+
+
+def _shared_start(parts: list[list[str]]) -> list[str]:
+    """The longest dotted start that nine names of ten share (all but `embed`, at the head of a stream)."""
+    common: list[str] = []
+    while parts:
+        following = Counter(
+            part[len(common)] for part in parts if len(part) > len(common) + 1 and part[: len(common)] == common
+        )
+        best = following.most_common(1)
+        if not best or best[0][1] < 0.9 * len(parts):
+            break
+        common.append(best[0][0])
+    return common
