@@ -218,12 +218,19 @@ class Ancestry:
 
     def is_norm(self, index: int) -> bool:
         """Whether a node is a norm's output, or the product that completes a hand-written one."""
+        return self.norm_source(index) is not None
+
+    def norm_source(self, index: int) -> int | None:
+        """What a norm normalises, None if the node is no norm's output."""
         node = self.nodes[index]
-        if node.op in families.NORMS:
-            return True
+        if node.op in families.NORMS and node.parents:
+            return node.parents[0]
         if node.op not in {"mul", "div"} or len(node.parents) < 2:
-            return False
-        return any(self._root(p, set(node.parents) - {p}) for p in node.parents[:2])
+            return None
+        left, right = node.parents[:2]
+        if self._root(right, {left}):
+            return left
+        return right if self._root(left, {right}) else None
 
     def _root(self, index: int, others: set[int]) -> bool:
         """Whether a factor is one over a root mean square (or the like) of what the other factor comes from."""

@@ -31,16 +31,21 @@ def name_branches(
     seen: Counter[tuple[str, bool]] = Counter()
     used: Counter[str] = Counter()
     named = []
-    for (node, fork, addends), grad in zip(joins, with_grad, strict=True):
+    stops = {node: graph.nodes[node].call for node, _, _ in joins}
+    makers = [
+        [_makers(graph, facts, node, fork, addend.node, stops) for addend in addends] for node, fork, addends in joins
+    ]
+    children = {parts[0] for several in makers for parts in several if len(parts) == 1}
+    for (node, _, addends), several, grad in zip(joins, makers, with_grad, strict=True):
         mark = "" if grad or not any(with_grad) else "@nograd"
-        alone = len(addends) == 1 and in_call[graph.nodes[node].call] == 1
+        scope = graph.nodes[node].scope
+        alone = len(addends) == 1 and in_call[graph.nodes[node].call] == 1 and scope not in children
         labels = []
-        for addend in addends:
-            base = _base(graph, facts, node, fork, addend.node, alone=alone)
+        for parts in several:
+            base = _base(parts, scope, alone=alone)
             occurrence = seen[base, grad]
             seen[base, grad] += 1
             labels.append(Label(base + mark + (f"@{occurrence}" if occurrence else ""), occurrence))
-        scope = graph.nodes[node].scope
         join = f"{scope}:" + "+".join(_relative(label.name, scope) for label in labels)
         used[join] += 1
         named.append((join if used[join] == 1 else f"{join}#{used[join] - 1}", labels))
@@ -53,41 +58,67 @@ def _with_grad(graph: Graph, node: int) -> bool:
 
 
 def _relative(name: str, scope: str) -> str:
-    if scope and name.startswith(scope):
-        return name[len(scope) :].lstrip(".") or "sum"
+    if scope and name.startswith((f"{scope}.", f"{scope}@")) or name == scope:
+        rest = name[len(scope) :].lstrip(".")
+        return rest if rest and not rest.startswith("@") else f"sum{rest}"
     return name
 
 
-def _base(graph: Graph, facts: Ancestry, join: int, fork: int, branch: int, *, alone: bool) -> str:
-    """Path of what makes a branch, without its occurrence."""
-    scope = graph.nodes[join].scope
-    parts = list(dict.fromkeys(_makers(graph, facts, join, fork, branch)))
+def _base(parts: Sequence[str], scope: str, *, alone: bool) -> str:
+    """Path of what makes a branch (by its `parts`), without its occurrence."""
     if not parts:
         return f"{scope}.sum" if scope else "sum"
     if len(parts) == 1:
         return parts[0]
-    inside = all(part.startswith(f"{scope}." if scope else "") for part in parts)
     if alone and scope:
         return scope
-    if not inside:
-        common = _common(parts)
-        return scope if scope.startswith(common) and scope != common else common or scope or "sum"
-    return f"{parts[0]}-{_relative(parts[-1], scope)}"
+    if all(part.startswith(f"{scope}." if scope else "") for part in parts):
+        return f"{parts[0]}-{_relative(parts[-1], scope)}"
+    common = _common(parts)
+    return scope if scope.startswith(common) and scope != common else common
 
 
 def _common(paths: Sequence[str]) -> str:
     return ".".join(os.path.commonprefix([path.split(".") for path in paths]))
 
 
-def _makers(graph: Graph, facts: Ancestry, join: int, fork: int, branch: int) -> list[str]:
-    """Paths of the outermost modules called in the join's forward (else: the parameters) that the branch passes."""
+def _makers(
+    graph: Graph, facts: Ancestry, join: int, fork: int, branch: int, stops: dict[int, int]
+) -> list[str]:
+    """Paths of the outermost modules called in the join's forward (else: the parameters) that the branch passes.
+
+    Going back from the branch, a join evaluated outside the modules that this forward calls (`stops`) is where the
+    branch begins, even if the fork lies before it, as in reversible blocks.
+    """
     call = graph.nodes[join].call
     scope = graph.nodes[join].scope
-    found = []
-    for index in interior(facts, fork, branch):
+    within = set(interior(facts, fork, branch))
+    found: list[str] = []
+    queue, seen = [branch], {branch}
+    order: list[int] = []
+    while queue:
+        index = queue.pop()
+        if index not in within or (index in stops and not _below(graph, stops[index], call)):
+            continue
+        order.append(index)
+        new = [p for p in graph.nodes[index].parents if p not in seen]
+        seen.update(new)
+        queue += new
+    for index in sorted(order):
         if facts.learned[index]:
             found.append(_child(graph, index, call) or _weight_name(graph, index, scope))
-    return found
+    if not found and stops:
+        return _makers(graph, facts, join, fork, branch, {})
+    return list(dict.fromkeys(found))
+
+
+def _below(graph: Graph, call: int, outer: int) -> bool:
+    """Whether a call ran, directly or not, inside another one."""
+    while call >= 0:
+        call = graph.calls[call].parent
+        if call == outer:
+            return True
+    return False
 
 
 def _child(graph: Graph, index: int, call: int) -> str | None:

@@ -87,6 +87,7 @@ class _Finder:
         """Joins in order; additions that turn out to be part of something else are ruled out, and all is redone."""
         for _ in range(_ROUNDS):
             self.joins: dict[int, _Match] = {}
+            self.join_bits = 0
             self.direct = [0] * len(self.nodes)
             for node in self.nodes:
                 self._visit(node)
@@ -123,6 +124,7 @@ class _Finder:
                     direct[node.index] |= direct[parent] | 1 << parent
             return
         self.joins[node.index] = match
+        self.join_bits |= 1 << node.index
         for partial in match.partials:
             self.joins.pop(partial, None)
         skip = match.skip.node
@@ -218,7 +220,8 @@ class _Finder:
 
     def _is_main(self, fork: int, branch: int) -> bool:
         """Whether a supposed fork feeds the branch itself, rather than from the side as masks and positions do."""
-        if not self.facts.data[fork] and not enters_by_itself(self.facts, fork, branch):
+        carried = (self.facts.ancestors[fork] | 1 << fork) & self.join_bits
+        if not self.facts.data[fork] and not carried and not enters_by_itself(self.facts, fork, branch):
             return False
         if self.direct[branch] >> fork & 1 or branch == fork:
             return True

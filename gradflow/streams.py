@@ -108,8 +108,10 @@ def _source(facts: Ancestry, fork: int, at: dict[int, int]) -> int | None:
             return at[index]
         node = facts.nodes[index]
         before = facts.identity_parent(index)
-        if before is None and (node.op in _LINKS or facts.is_norm(index)):
-            before = max((p for p in node.parents if facts.data[p]), key=lambda p: len(facts.nodes[p].shape), default=None)
+        if before is None and node.op in _LINKS:
+            before = node.parents[0]
+        elif before is None:
+            before = facts.norm_source(index)
         index = before
     return None
 
@@ -125,7 +127,7 @@ def _same(facts: Ancestry, index: int, origin: int) -> bool:
     while index != origin:
         node = facts.nodes[index]
         whole = node.op in families.SLICES and facts.identity_parent(index) is not None
-        if node.op not in _EXACT and not whole:
+        if node.op not in _EXACT and not whole and not (node.op == "add" and node.detail.get("scalar") == 0):
             return False
         index = node.parents[0]
     return True
@@ -160,9 +162,10 @@ def trunk(graph: Graph) -> tuple[Stream, ...]:
             best = chain
     if len(best) < 2:
         return ()
-    points = tuple(graph.calls[c].module for c in best)
-    name = ".".join(os.path.commonprefix([p.split(".") for p in points])) or "trunk"
-    return (Stream(name, "trunk", points, tuple(graph.calls[c].outputs[0] for c in best)),)
+    paths = [graph.calls[c].module for c in best]
+    name = ".".join(os.path.commonprefix([path.split(".") for path in paths])) or "trunk"
+    points = [path if not (k := paths[:i].count(path)) else f"{path}@{k}" for i, path in enumerate(paths)]
+    return (Stream(name, "trunk", tuple(points), tuple(graph.calls[c].outputs[0] for c in best)),)
 
 
 def _longest(graph: Graph, siblings: list[int]) -> list[int]:

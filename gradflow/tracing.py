@@ -50,8 +50,11 @@ class Observer(Protocol):
     def exited(self, call: int, path: str, module: nn.Module, output: Any) -> None:
         """Run when a module's forward has ended (`output` is None if it raised)."""
 
-    def backward(self) -> None:
-        """Run before a backward pass that starts while the mode is on."""
+    def backward(self, name: str, args: tuple[Any, ...]) -> None:
+        """Run before a backward pass (`name` is "backward" or "grad") that starts while the mode is on."""
+
+    def backward_done(self, name: str) -> None:
+        """Run after such a backward pass."""
 
 
 class _Entry(NamedTuple):
@@ -304,8 +307,11 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         if what.name in _BACKWARD:
             if self.observer is not None:
-                self.observer.backward()
-            return func(*args, **kwargs)
+                self.observer.backward(what.name, args)
+            out = func(*args, **kwargs)
+            if self.observer is not None:
+                self.observer.backward_done(what.name)
+            return out
         parents, operands = ([], ()) if what.factory else self._operands(what, args, kwargs)
         if self.observer is None or what.name not in self._watches:
             out = func(*args, **kwargs)
@@ -373,8 +379,7 @@ class Tracer(TorchFunctionMode):
             return self._register(out, "constant", (), {"factory": what.name})
         detail: dict[str, Any] = {}
         if what.name in _SCALAR_ALPHA:
-            alpha = kwargs.get("alpha", 1)
-            detail = {"alpha": alpha} if alpha != 1 else {}
+            detail = _terms(parents, args, kwargs)
         return self._register(out, what.name, tuple(parents), detail, inplace=inplace)
 
     # ---------------------------------------------------------------- nodes
@@ -486,6 +491,17 @@ def _ordered(
         rest = {key: value for key, value in kwargs.items() if key not in {"input", "other"}}
         return (*args, *given), rest
     return args, kwargs
+
+
+def _terms(parents: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a sum adds beside its tensors: the factor of the second operand, or a number."""
+    alpha = kwargs.get("alpha", 1)
+    detail = {"alpha": alpha} if alpha != 1 else {}
+    if len(parents) == 1:
+        numbers = [value for value in args if isinstance(value, (int, float))]
+        if numbers:
+            detail["scalar"] = numbers[0]
+    return detail
 
 
 def _channel_dim(op: str, inherited: int, dims: int) -> int:
