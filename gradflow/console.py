@@ -65,15 +65,22 @@ def print_findings(findings: Sequence[Finding]) -> None:
         say(f"{finding.severity}: {finding.code}", style=STYLES.get(finding.severity, ""))
         first, last = finding.steps
         more = f" and {len(finding.where) - 3} more" if len(finding.where) > 3 else ""
-        say(f"  {finding.claim}")
-        say(f"  where     {', '.join(finding.where[:3])}{more}")
-        say(f"  steps     {first} to {last}")
-        for name, value in finding.evidence.items():
-            say(f"  evidence  {name}: {number(value)}")
-        say(f"  why       {finding.why}")
-        for remedy in filter(None, (finding.remedy, finding.remedy_2)):
-            say(f"  try       {remedy}")
-        say("")
+        sure = "" if finding.confidence == "high" else " (few samples: not sure)"
+        print_facts(
+            ("", finding.claim + sure),
+            ("where", ", ".join(finding.where[:3]) + more),
+            ("steps", f"{first} to {last}"),
+            *(("evidence", f"{name}: {number(value)}") for name, value in finding.evidence.items()),
+            ("why", finding.why),
+            *(("try", remedy) for remedy in (finding.remedy, finding.remedy_2) if remedy),
+        )
+
+
+def print_facts(*facts: tuple[str, str]) -> None:
+    """Print lines of a label and a text, and an empty line after them."""
+    for label, text in facts:
+        say(f"  {label:<10}{safe(text)}" if label else f"  {safe(text)}")
+    say("")
 
 
 def verdict(run: Run, findings: Sequence[Finding]) -> str:
@@ -93,12 +100,12 @@ def rule_facts(rule: Rule) -> dict[str, Any]:
 def print_rule(rule: Rule) -> None:
     """Print a rule: what it says, when, by which thresholds, and its source."""
     say(f"{rule.code} ({', '.join(rule.severities)})", style="bold")
-    say(f"  says      {rule.says}")
-    say(f"  when      {rule.criterion}")
-    for threshold in rule.thresholds:
-        say(f"  threshold {threshold.name} = {number(threshold.value)} {threshold.unit}: {threshold.origin}")
-    say(f"  source    {rule.source}")
-    say("")
+    print_facts(
+        ("says", rule.says),
+        ("when", rule.criterion),
+        *(("threshold", f"{t.name} = {number(t.value)} {t.unit}: {t.origin}") for t in rule.thresholds),
+        ("source", rule.source),
+    )
 
 
 def schema_rows() -> dict[str, list[dict[str, str]]]:

@@ -1,7 +1,9 @@
 import json
 import os
 import socket
+import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -268,16 +270,12 @@ def test_a_linked_run_json_is_refused(run_dir, tmp_path):
         load(run_dir)
 
 
-def test_fifos_sockets_and_folders_in_place_of_parts_do_not_hang_the_reader(run_dir):
+def test_fifos_sockets_and_folders_in_place_of_parts_do_not_hang_the_reader(run_dir, monkeypatch):
     os.mkfifo(run_dir / "steps" / "rank-0-5.parquet")
     (run_dir / "steps" / "rank-0-6.parquet").mkdir()
     with socket.socket(socket.AF_UNIX) as sock:
-        here = os.getcwd()
-        os.chdir(run_dir / "steps")  # the path of a socket must be short
-        try:
-            sock.bind("rank-0-7.parquet")
-        finally:
-            os.chdir(here)
+        monkeypatch.chdir(run_dir / "steps")  # the path of a socket must be short
+        sock.bind("rank-0-7.parquet")
         run = load(run_dir)
     assert run.steps == [0, 1]
     assert len(run.problems) == 3
@@ -401,3 +399,22 @@ def test_other_readers_take_the_folder_as_it_is(run_dir):
     assert polars.read_parquet(folder).height == 4
     assert pandas.read_parquet(folder)["skip_sq"].tolist() == [1.0, 4.0, 1.0, 4.0]
     assert pq.read_table(folder).num_rows == 4
+
+
+@pytest.mark.slow
+def test_five_million_rows_are_written_read_and_derived_in_seconds(tmp_path):
+    branches, names = 1000, [f"transformer.h.{i}.attn" for i in range(1000)]
+    values = np.random.default_rng(0).random(branches)
+    floats = {c.name: values for c in TABLES["branches"] if c.type == "float64"}
+    with RunWriter(tmp_path) as writer:
+        writer.write_meta({"branches": [{"name": name} for name in names]})
+        for step in range(5000):
+            writer.append("branches", {"step": [step] * branches, "branch": names, **floats})
+            if step % 20 == 19:
+                writer.flush()
+    start = time.monotonic()
+    table = load(tmp_path).table("branches")
+    assert time.monotonic() - start < 15
+    assert table.num_rows == 5_000_000
+    assert table["branch"][:2].to_pylist() == names[:2]
+    assert len(list((tmp_path / "branches").iterdir())) <= 64
