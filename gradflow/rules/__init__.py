@@ -9,7 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradflow.rules import explosion, faults, gradients, nonfinite, signals, silence, tokens
+from gradflow.rules import (
+    attention,
+    balance,
+    blocked,
+    explosion,
+    faults,
+    gradients,
+    nonfinite,
+    signals,
+    silence,
+    tokens,
+    units,
+    updates,
+)
 from gradflow.rules.registry import Rule, Threshold
 
 if TYPE_CHECKING:
@@ -25,10 +38,23 @@ RULES: dict[str, Rule] = {
         gradients.VANISHING,
         explosion.EXPLODING,
         explosion.SPIKES,
+        blocked.BLOCKED,
+        updates.UNDERFLOWS,
+        updates.BELOW_EPSILON,
         signals.EXPLOSION,
         signals.COLLAPSE,
         silence.RULE,
+        balance.DOMINANT,
+        balance.INERT_DEPTH,
         tokens.RULE,
+        attention.ENTROPY_COLLAPSE,
+        attention.LOGIT_GROWTH,
+        units.DEAD_UNITS,
+        units.SATURATION,
+        balance.MASSIVE_ACTIVATION,
+        updates.TOO_LARGE,
+        updates.TOO_SMALL,
+        blocked.FROZEN,
     )
 }
 _ORDER = {"error": 0, "warning": 1, "info": 2}

@@ -1,0 +1,173 @@
+"""`dead-units` and `saturated-activation`: activations that no longer pass a gradient."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradflow.records import Finding
+from gradflow.rules.registry import Rule, Threshold
+from gradflow.rules.texts import listed, unique
+from gradflow.rules.view import lasting, median, spell, window
+
+if TYPE_CHECKING:
+    from gradflow.rules.view import Floats, View
+
+DEAD = Threshold("units zero on every position", 0.4, "1", "healthy ReLU layers of small networks reach 0.2 to 0.3")
+DEAD_ERROR = Threshold(
+    "the same, error", 0.8, "1", "four of five units gone: the layer is a bottleneck of what is left"
+)
+POSITIONS = Threshold(
+    "positions a sampled step", 32, "position", "a unit that fires on a tenth of them is zero on 32 by chance in 3 %"
+)  # fmt: skip
+SATURATED = Threshold(
+    "elements at the ends of a tanh or sigmoid", 0.5, "1", "normal inputs of unit size give 0.04 and 0"
+)
+SATURATED_ERROR = Threshold("the same, error", 0.9, "1", "the layer is a step function")
+GATE = re.compile(r"gate|(?:^|\.)se(?:\.|$)|excit|scale", re.IGNORECASE)
+RELU = re.compile(r"^(?:relu|relu6|threshold)$", re.IGNORECASE)
+
+
+def dead(view: View) -> list[Finding]:
+    """Find ReLU layers most of whose units are zero everywhere, at every recent sampled step."""
+    grid = view.grid("layers")
+    if not grid.keys or not len(grid.steps):
+        return []
+    units = np.where(grid["units"] > 0, grid["units"], np.nan)
+    share = grid["dead_units"] / units
+    enough = grid["n"] / units >= POSITIONS.value
+    relu = np.array([bool(RELU.match(kind)) for kind in grid.text("kind")])
+    relu &= np.array([not name.endswith("@nograd") for name in grid.names])
+    known = np.isfinite(share) & enough & relu
+    bad = known & (share > DEAD.value)
+    found = np.flatnonzero(lasting(bad, known, least=1.0))
+    if not len(found):
+        return []
+    now = median(share[window(len(share))])
+    found = found[np.argsort(-now[found], kind="stable")]
+    names = [grid.names[i] for i in found]
+    spells = [spell(bad[:, i], known[:, i], grid.steps) for i in found]
+    worst, start = float(now[found[0]]), _first(share[:, found[0]])
+    positions = float(np.nanmedian((grid["n"] / units)[:, found[0]]))
+    return [
+        Finding(
+            code="dead-units",
+            severity="error" if worst > DEAD_ERROR.value else "warning",
+            where=unique(names),
+            steps=(min(s[0] for s in spells), max(s[1] for s in spells)),
+            claim=(
+                f"{worst:.0%} of the units of {names[0]} are zero on all of about {positions:.0f} positions a step"
+                f"{f', and over {DEAD.value:.0%} in {len(names) - 1} more layers' if len(names) > 1 else ''} "
+                f"({start:.0%} at the first sampled step)."
+            ),
+            evidence={
+                "quantity": "share of a layer's units that are zero on every position of a step",
+                "measured": worst,
+                "expected": 0.0,
+                "expected_from": "half of the elements of a ReLU are zero, but of hardly any unit all",
+                "threshold": DEAD.value,
+                "threshold_from": DEAD.origin,
+                "at_the_first_step": start,
+                "positions": positions,
+                "layers": len(names),
+                "sampled_steps": int(known[:, found[0]].sum()),
+            },
+            why=(
+                "A unit that is zero everywhere gets no gradient and stays so: the layer is narrower than it looks "
+                "(Lu et al. 2019, arXiv:1903.06733)."
+            ),
+            remedy=(
+                "Lower the learning rate by a factor of 3 to 10 and start the layer's biases at zero."
+                if start < 0.5 * worst
+                else "Initialise the layer anew: He weights and zero biases; check that its inputs are centred."
+            ),
+            remedy_2="Use GELU or leaky ReLU there, or a norm before the activation.",
+            confidence="high" if positions >= 1000 and known[:, found[0]].sum() >= 3 else "low",
+        )
+    ]
+
+
+def _first(values: Floats) -> float:
+    known = values[np.isfinite(values)]
+    return float(known[0])
+
+
+def saturated(view: View) -> list[Finding]:
+    """Find tanh and sigmoid layers that sit at their ends; the model's output and gates are meant to."""
+    grid = view.grid("layers")
+    if not grid.keys or not len(grid.steps):
+        return []
+    n = np.where(grid["n"] > 0, grid["n"], np.nan)
+    share = grid["saturated"] / n
+    trained = [not name.endswith("@nograd") for name in grid.names]
+    inner = np.array([kept and not GATE.search(name) for kept, name in zip(trained, grid.names, strict=True)])
+    inner[len(trained) - 1 - trained[::-1].index(True) if any(trained) else -1] = False
+    known = np.isfinite(share) & inner
+    bad = known & (share > SATURATED.value)
+    found = np.flatnonzero(lasting(bad, known, least=1.0))
+    if not len(found):
+        return []
+    now = median(share[window(len(share))])
+    found = found[np.argsort(-now[found], kind="stable")]
+    names = [grid.names[i] for i in found]
+    spells = [spell(bad[:, i], known[:, i], grid.steps) for i in found]
+    worst, start = float(now[found[0]]), _first(share[:, found[0]])
+    return [
+        Finding(
+            code="saturated-activation",
+            severity="error" if worst > SATURATED_ERROR.value else "warning",
+            where=unique(names),
+            steps=(min(s[0] for s in spells), max(s[1] for s in spells)),
+            claim=(
+                f"{worst:.0%} of the elements of {names[0]} sit at the ends of its range ({start:.0%} at the first "
+                f"sampled step){f'; so do most of {listed(names[1:])}' if len(names) > 1 else ''}."
+            ),
+            evidence={
+                "quantity": "share of elements beyond 0.97 of the activation's range",
+                "measured": worst,
+                "expected": 0.04,
+                "expected_from": "tanh of a normal input of unit variance; 0.0005 for a sigmoid",
+                "threshold": SATURATED.value,
+                "threshold_from": SATURATED.origin,
+                "at_the_first_step": start,
+                "layers": len(names),
+                "sampled_steps": int(known[:, found[0]].sum()),
+            },
+            why="Its slope there is under a twentieth, so gradients end at it (Glorot & Bengio 2010).",
+            remedy=(
+                "Lower the learning rate by a factor of 3 to 10."
+                if start < 0.5 * worst
+                else "Initialise the weights before it smaller (Glorot, gain 5/3 for tanh) and normalise its inputs."
+            ),
+            remedy_2="Put a norm before it, or use ReLU or GELU.",
+            confidence="high" if known[:, found[0]].sum() >= 3 else "low",
+        )
+    ]
+
+
+DEAD_UNITS: Rule = Rule(
+    code="dead-units",
+    says="units never fire",
+    severities=("error", "warning"),
+    criterion=(
+        "Over the threshold of a ReLU layer's units zero on every position, at every recent sampled step of at least "
+        "32 positions; half of all elements zero is natural and does not count."
+    ),
+    thresholds=(DEAD, DEAD_ERROR, POSITIONS),
+    source="Lu et al. 2019, Dying ReLU and Initialization, arXiv:1903.06733",
+    check=dead,
+)
+SATURATION: Rule = Rule(
+    code="saturated-activation",
+    says="tanh or sigmoid layers sit at their ends",
+    severities=("error", "warning"),
+    criterion=(
+        "Over half of the elements of an inner tanh or sigmoid beyond 0.97 of its range at every recent sampled step; "
+        "gates and the model's last layer are left out."
+    ),
+    thresholds=(SATURATED, SATURATED_ERROR),
+    source="Glorot & Bengio 2010, Understanding the difficulty of training deep feedforward neural networks",
+    check=saturated,
+)
