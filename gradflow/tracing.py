@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gradflow.axes import features_axis
 from gradflow.operations import Operation, operation
 from gradflow.records import Call, Graph, Node, Problem
 
@@ -380,7 +381,8 @@ class Tracer(TorchFunctionMode):
         detail: dict[str, Any] = {}
         if what.name in _SCALAR_ALPHA:
             detail = _terms(parents, args, kwargs)
-        return self._register(out, what.name, tuple(parents), detail, inplace=inplace)
+        moved = args[1:] or tuple(kwargs.values())
+        return self._register(out, what.name, tuple(parents), detail, inplace=inplace, moved=moved)
 
     # ---------------------------------------------------------------- nodes
 
@@ -452,8 +454,9 @@ class Tracer(TorchFunctionMode):
         return self._register(tensor, "update", (entry.node, *writers), {})
 
     def _register(
-        self, tensor: Tensor, op: str, parents: tuple[int, ...], detail: dict[str, Any], *, inplace: bool = False
-    ) -> int:
+        self, tensor: Tensor, op: str, parents: tuple[int, ...], detail: dict[str, Any], *, inplace: bool = False,
+        moved: tuple[Any, ...] = (),
+    ) -> int:  # fmt: skip
         nodes = self._nodes
         index = len(nodes)
         ancestors = 0
@@ -463,7 +466,8 @@ class Tracer(TorchFunctionMode):
         scope, call = (stack[-1].path, stack[-1].index) if stack else ("", -1)
         shape = tuple(tensor.shape)
         grad = tensor.requires_grad
-        channel = _channel_dim(op, nodes[parents[0]].channel_dim if parents else -1, len(shape))
+        source = nodes[parents[0]] if parents else None
+        channel = -1 if source is None else features_axis(op, moved, source.shape, source.channel_dim, shape)
         floating = tensor.is_floating_point() or tensor.is_complex()
         nodes.append(
             Node(index, op, parents, ancestors, scope, call, shape, floating, grad, channel, inplace, detail)
@@ -502,12 +506,3 @@ def _terms(parents: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if numbers:
             detail["scalar"] = numbers[0]
     return detail
-
-
-def _channel_dim(op: str, inherited: int, dims: int) -> int:
-    """Axis of the features in an operation's result."""
-    if op in {"linear", "matmul", "layer_norm", "rms_norm", "embedding", "lstm", "gru", "scaled_dot_product_attention"}:
-        return -1
-    if op in {"conv", "batch_norm", "group_norm", "instance_norm"}:
-        return 1
-    return inherited if inherited == -1 or inherited < dims else -1
