@@ -88,8 +88,12 @@ def verdict(run: Run, findings: Sequence[Finding]) -> str:
     steps = run.steps
     counts = [(sum(f.severity == severity for f in findings), severity) for severity in STYLES]
     found = ", ".join(f"{count} x {severity}" for count, severity in counts if count) or "no findings"
-    seen = f"{len(steps)} sampled steps ({steps[0]} to {steps[-1]})" if steps else "no sampled steps"
-    return f"{found} in {seen}, {len(run.branches)} branches, {len(run.layers)} layers"
+    seen = f"{_count(len(steps), 'sampled step')} ({steps[0]} to {steps[-1]})" if steps else "no sampled steps"
+    return f"{found} in {seen}, {_count(len(run.branches), 'branch', 'es')}, {_count(len(run.layers), 'layer')}"
+
+
+def _count(number: int, thing: str, ending: str = "s") -> str:
+    return f"{number} {thing}{'' if number == 1 else ending}"
 
 
 def rule_facts(rule: Rule) -> dict[str, Any]:

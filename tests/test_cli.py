@@ -158,7 +158,7 @@ def test_rules_print_every_code_with_its_thresholds(gf):
 def test_a_healthy_run_passes_the_check(gf, healthy):
     status, out, err = gf("check", healthy)
     assert (status, err) == (0, "")
-    assert out == "no findings in 3 sampled steps (0 to 2), 1 branches, 0 layers\n"
+    assert out == "no findings in 3 sampled steps (0 to 2), 1 branch, 0 layers\n"
 
 
 def test_a_sick_run_fails_the_check_and_says_why(gf, sick):
