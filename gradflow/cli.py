@@ -86,7 +86,7 @@ def demo(
     """
     from gradflow import demo as demonstration
 
-    demonstration.run(out, steps, depth, force)
+    demonstration.run(out, steps=steps, depth=depth, force=force)
 
 
 @app.command()

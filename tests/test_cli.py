@@ -370,8 +370,11 @@ def test_an_error_leaves_no_traceback(tmp_path):
 
 def test_the_demo_is_handed_its_options(gf, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("gradflow.demo.run", lambda *args: calls.append(args))
+    monkeypatch.setattr("gradflow.demo.run", lambda out, **options: calls.append((out, options)))
     assert gf("demo", "--out", tmp_path / "d", "--steps", "20", "--depth", "3", "--force")[0] == 0
     assert gf("demo")[0] == 0
-    assert calls == [(tmp_path / "d", 20, 3, True), (Path("gradflow-demo"), None, None, False)]
+    assert calls == [
+        (tmp_path / "d", {"steps": 20, "depth": 3, "force": True}),
+        (Path("gradflow-demo"), {"steps": None, "depth": None, "force": False}),
+    ]
     assert gf("demo", "--steps", "0")[0] == 2

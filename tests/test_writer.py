@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -25,6 +24,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 def flush(writer, step, *, names=("a", "b"), value=1.0):
     writer.append("branches", {"step": [step] * len(names), "branch": list(names), "skip_sq": [value] * len(names)})
     writer.flush()
+
+
+def listing(path):
+    return sorted(item.name for item in path.iterdir())
 
 
 def numbers(path, table="branches"):
@@ -65,7 +68,7 @@ def test_run_json_is_replaced_as_a_whole_and_by_the_rank_that_writes_it_only(tmp
     assert json.loads((tmp_path / "run.json").read_text()) == {
         "schema_version": SCHEMA_VERSION, "model": "second", "shape": [2, 3], "lr": None, "n": 4, "r": 0.5,
     }  # fmt: skip
-    assert os.listdir(tmp_path) == ["run.json"]
+    assert listing(tmp_path) == ["run.json"]
 
 
 def test_names_of_any_script_survive_and_broken_ones_do_not_stop_recording(tmp_path):
@@ -113,7 +116,7 @@ def test_a_writer_goes_on_with_the_numbers_of_the_one_before(tmp_path):
             flush(writer, step)
     with RunWriter(tmp_path, rank=1) as writer:
         flush(writer, 0)
-    assert sorted(os.listdir(tmp_path / "branches")) == [
+    assert listing(tmp_path / "branches") == [
         "rank-0-0.parquet", "rank-0-1.parquet", "rank-0-2.parquet", "rank-1-0.parquet",
     ]  # fmt: skip
 
@@ -283,7 +286,7 @@ def test_a_disk_that_is_full_is_a_run_error_and_what_was_buffered_stays(tmp_path
             RunError, match=r"expected to write steps/rank-0-0.parquet .*No space left on device.*; make room"
         ):
             writer.flush()
-    assert sorted(os.listdir(tmp_path)) == ["run.json", "steps"]
+    assert listing(tmp_path) == ["run.json", "steps"]
     writer.flush()
     assert load(tmp_path).steps == [0]
 
@@ -367,9 +370,7 @@ def test_what_was_flushed_survives_kill_9_and_a_reader_beside_the_writer(tmp_pat
         (tmp_path / ".branches.rank-0-77.parquet.deadbeef.tmp").write_bytes(b"half")
         (tmp_path / ".branches.rank-01-7.parquet.deadbeef.tmp").write_bytes(b"of another rank")
         flush(writer, steps[-1] + 1, names=["h.0"])
-    assert [name for name in os.listdir(tmp_path) if name.endswith(".tmp")] == [
-        ".branches.rank-01-7.parquet.deadbeef.tmp"
-    ]
+    assert [name for name in listing(tmp_path) if name.endswith(".tmp")] == [".branches.rank-01-7.parquet.deadbeef.tmp"]
 
 
 MERGE_AND_MEASURE = """
