@@ -1,70 +1,64 @@
-"""One forward pass -> graph of operations: a `TorchFunctionMode` that turns every operation into a `Node`.
-
-The graph is plain data. While the mode is open the tracer holds weak references to tensors and, for operations that
-autograd follows, their autograd nodes; no activation is kept alive by the trace itself.
-"""
+"""One forward pass -> graph of operations: a `TorchFunctionMode` that turns every operation into a `Node`."""
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradflow.axes import features_axis
+from gradflow.modules import module_paths, stripped_names
+from gradflow.modules import tensors_in as tensors_in
 from gradflow.operations import Operation, operation
-from gradflow.records import Call, Graph, Node, Problem
+from gradflow.records import Call, Graph, Node
+from gradflow.register import Register
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from types import TracebackType
 
     from torch.utils.hooks import RemovableHandle
 
-_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_WALK_LIMIT = 20_000
-_SCALAR_ALPHA = frozenset({"add", "sub"})
 _BACKWARD = frozenset({"backward", "grad"})
+_current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
 
 
 class Observer(Protocol):
-    """What watches a traced pass from inside: the recorder."""
+    """What watches a traced pass from inside: the recorder.
+
+    `watches` holds the canonical names of the operations for which `before` and `after` are called.
+    """
 
     watches: frozenset[str]
 
-    def before(
-        self, op: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: tuple[int | None, ...]
-    ) -> Any:
-        """Run before a watched operation (in-place ones overwrite); the result is handed to `after`."""
+    def before(self, op: str, func: Any, args: _Args, kwargs: _Kwargs, operands: tuple[int | None, ...]) -> Any:
+        """Run before a watched operation (in-place ones overwrite); the result is handed to `after`.
 
-    def after(
-        self, node: int, op: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, token: Any
-    ) -> None:
+        `args` stand in the operation's own order (`b - a` by `__rsub__` comes as `(b, a)`), operands given by keyword
+        included; `operands` are their nodes, None where an argument is no tensor.
+        """
+
+    def after(self, node: int, op: str, func: Any, args: _Args, kwargs: _Kwargs, out: Tensor, token: Any) -> None:
         """Run after a watched operation made `node`."""
 
-    def entered(self, call: int, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def entered(self, call: int, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         """Run when a module's forward begins."""
 
     def exited(self, call: int, path: str, module: nn.Module, output: Any) -> None:
         """Run when a module's forward has ended (`output` is None if it raised)."""
 
-    def backward(self, name: str, args: tuple[Any, ...]) -> None:
-        """Run before a backward pass (`name` is "backward" or "grad") that starts while the mode is on."""
+    def backward(self, name: str, args: _Args) -> None:
+        """Run before a backward pass (`name`: `"backward"` or `"grad"`) that starts while the mode is on."""
 
     def backward_done(self, name: str) -> None:
-        """Run after such a backward pass."""
+        """Run when that backward pass is over, unless it raised."""
 
 
-class _Entry(NamedTuple):
-    ref: weakref.ref[Tensor]
-    node: int
-    version: int
-
-
-@dataclasses.dataclass(slots=True)
+@dataclass(slots=True)
 class _Frame:
     """A module's forward that is running, and its row in the graph's calls."""
 
@@ -78,77 +72,12 @@ class _Frame:
     outputs: tuple[int, ...] = ()
 
 
-def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Tensors nested in tuples, lists, mappings, dataclasses and plain objects, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif value is None or isinstance(value, (str, bytes, int, float, nn.Module, type)) or depth == 0:
-        return
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, depth - 1)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from tensors_in(item, depth - 1)
-    elif hasattr(value, "__dict__") and not callable(value):
-        for item in list(vars(value).values()):
-            yield from tensors_in(item, depth - 1)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name, None), depth - 1)
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    """Whether a module only hands its arguments on to the one that it wraps."""
-    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return True
-    return any(segment in module._modules for segment in _WRAPPER_SEGMENTS)  # noqa: SLF001
-
-
-def module_paths(model: nn.Module) -> dict[nn.Module, str]:
-    """Dotted path of every module, the first name for a shared one, without the segments that wrappers add.
-
-    Wrappers themselves (DDP, compiled, checkpointed, FSDP) are left out: they add nothing of their own.
-    """
-    paths: dict[nn.Module, str] = {}
-    parallel: set[str] = set()
-    scripted: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in scripted):
-            continue
-        if isinstance(module, torch.jit.ScriptModule):
-            scripted.append(name + "." if name else "")
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            parallel.add(name)
-        if not _is_wrapper(module):
-            paths[module] = _stripped(name, parallel)
-    return paths
-
-
-def _stripped(name: str, parallel: set[str]) -> str:
-    """`name` without wrapper segments; `parallel` holds the raw names of data-parallel wrappers met so far."""
-    kept: list[str] = []
-    raw = ""
-    for segment in name.split(".") if name else []:
-        wrapped = segment in _WRAPPER_SEGMENTS or (segment == "module" and raw in parallel)
-        raw = f"{raw}.{segment}" if raw else segment
-        if not wrapped:
-            kept.append(segment)
-    return ".".join(kept)
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version  # noqa: SLF001
-    except RuntimeError:  # inference tensors keep no version
-        return 0
-
-
 class Tracer(TorchFunctionMode):
     """The mode that traces a pass (or several: teacher, siamese, loss) of `model` while it is open.
 
-    `take()` hands out the graph and begins a new pass. Operations outside every submodule's forward have scope `""`
-    and call -1; operations inside a backward pass (recomputation, custom backwards) are ignored.
+    `take()` hands out the graph and begins a new pass; `clear()` begins one without building the graph. Operations
+    outside every submodule's forward have scope `""` and call -1. Operations and module calls inside a backward pass
+    (recomputation, custom backwards) are ignored. Hooks are per module and gone when the mode closes.
     """
 
     def __init__(self, model: nn.Module, observer: Observer | None = None) -> None:
@@ -157,28 +86,22 @@ class Tracer(TorchFunctionMode):
         self.observer = observer
         self._watches = observer.watches if observer is not None else frozenset()
         self._handles: list[RemovableHandle] = []
-        self._names: dict[int, str] = {}
-        self._reset()
+        self._names: dict[int, tuple[str, bool]] = {}
+        self.clear()
 
-    def _reset(self) -> None:
-        self._nodes: list[Node] = []
+    def clear(self) -> None:
+        """Forget the pass so far, and with it every reference to autograd nodes."""
+        self._register = Register(self._names)
         self._calls: list[_Frame] = []
         self._stack: list[_Frame] = []
-        self._problems: list[Problem] = []
-        self._entries: dict[int, _Entry] = {}
-        self._writers: dict[int, list[int]] = {}
-        self._edges: dict[int, tuple[Any, int]] = {}
-        self._by_edge: dict[tuple[Any, int], int] = {}
-        self._hash = 0
 
     # ---------------------------------------------------------------- opening and closing
 
     def __enter__(self) -> Tracer:  # noqa: PYI034
         try:
+            self._names = self._register.names = stripped_names(self.model)
             for module, path in module_paths(self.model).items():
                 self._hook(module, path)
-            self._names = {id(p): n for n, p in self.model.named_parameters()}
-            self._names.update({id(b): n for n, b in self.model.named_buffers()})
             super().__enter__()
         except BaseException:
             self._unhook()
@@ -192,15 +115,15 @@ class Tracer(TorchFunctionMode):
             super().__exit__(kind, value, trace)
         finally:
             self._unhook()
-            self._stack.clear()
+            self._leave(0)
 
     def _hook(self, module: nn.Module, path: str) -> None:
-        def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch._C._current_graph_task_id() == -1:  # noqa: SLF001
+        def entered(module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
+            if _current_backward() == -1:
                 self._enter_call(path, module, args, kwargs)
 
         def exited(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() == -1:  # noqa: SLF001
+            if _current_backward() == -1:
                 self._exit_call(path, module, output)
 
         self._handles.append(module.register_forward_pre_hook(entered, with_kwargs=True))
@@ -219,54 +142,60 @@ class Tracer(TorchFunctionMode):
 
     def take(self) -> Graph:
         """Graph of the pass so far; the tracer begins a new pass."""
-        calls = tuple(
-            Call(frame.index, frame.path, frame.parent, frame.kind, frame.grad, frame.outputs, frame.inputs)
-            for frame in self._calls
-        )
-        graph = Graph(tuple(self._nodes), calls, tuple(self._problems))
-        self._reset()
+        calls = tuple(Call(f.index, f.path, f.parent, f.kind, f.grad, f.outputs, f.inputs) for f in self._calls)
+        register = self._register
+        graph = Graph(tuple(register), calls, tuple(register.problems))
+        self.clear()
         return graph
 
     def fingerprint(self) -> int:
         """Hash of the pass so far: equal for passes with the same operations, parents and scopes."""
-        return self._hash
+        return self._register.fingerprint()
 
     def node_of(self, tensor: Tensor) -> int | None:
         """Node of a tensor that the trace has seen, None otherwise."""
-        entry = self._entries.get(id(tensor))
-        if entry is None or entry.ref() is not tensor:
-            return None
-        version = _version(tensor)
-        return entry.node if version == entry.version else self._renewed(tensor, entry, version)
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            return self._register.node_of(tensor)
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """The nodes of the pass so far, made on demand."""
+        return self._register
+
+    @property
+    def edges(self) -> dict[int, tuple[Any, int]]:
+        """`edge` of every node that has one; the dictionary stays valid after `take()`."""
+        return self._register.edges
+
+    _nodes, _edges = nodes, edges
 
     def edge(self, node: int) -> tuple[Any, int] | None:
-        """Autograd node and output number of a traced tensor, None if autograd does not follow it."""
-        return self._edges.get(node)
+        """Autograd node and output number of a traced tensor, None if autograd does not follow it.
+
+        Captured when the node was made, so that an in-place operation later does not change it; valid until `take()`.
+        """
+        return self._register.edges.get(node)
 
     # ---------------------------------------------------------------- module calls
 
-    def _enter_call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_call(self, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
+        register, stack = self._register, self._stack
         with torch._C.DisableTorchFunction():  # noqa: SLF001
-            stack = self._stack
-            outermost = not stack
-            inputs: list[int] = []
-            for tensor in tensors_in((args, kwargs), 6 if outermost else 3):
-                node = self.node_of(tensor)
-                if node is None and outermost:
-                    node = self._outside(tensor, "input")
+            inputs = []
+            for tensor in tensors_in((args, kwargs), 3 if stack else 6, objects=not stack):
+                node = register.node_of(tensor)
+                if node is None and not stack:
+                    node = register.node_for(tensor) if tensor.grad_fn is not None else register.outside(tensor, "input")
                 if node is not None:
                     inputs.append(node)
-            frame = _Frame(
-                len(self._calls),
-                path,
-                stack[-1].index if stack else -1,
-                type(module).__name__,
-                torch.is_grad_enabled(),
-                len(self._nodes),
-                tuple(inputs),
-            )
-            self._calls.append(frame)
-            stack.append(frame)
+        parent = stack[-1].index if stack else -1
+        grad = torch.is_grad_enabled()
+        frame = _Frame(
+            len(self._calls), path, parent, type(module).__name__, grad, len(register.rows), tuple(inputs)
+        )
+        self._calls.append(frame)
+        stack.append(frame)
+        register.scope, register.call = path, frame.index
         if self.observer is not None:
             self.observer.entered(frame.index, path, module, args, kwargs)
 
@@ -278,231 +207,140 @@ class Tracer(TorchFunctionMode):
         if self.observer is not None:
             self.observer.exited(frame.index, path, module, output)
         with torch._C.DisableTorchFunction():  # noqa: SLF001
-            outputs: list[int] = []
-            for tensor in tensors_in(output, 4):
-                node = self.node_of(tensor)
-                outputs.append(node if node is not None else self._unknown_output(tensor, frame, module))
-            frame.outputs = tuple(outputs)
+            outputs = []
+            for tensor in tensors_in(output, 4, objects=False):
+                node = self._register.node_of(tensor)
+                outputs.append(self._unknown_output(tensor, frame, module) if node is None else node)
+        frame.outputs = tuple(outputs)
+        self._leave(position)
+
+    def _leave(self, position: int) -> None:
+        """Drop the running calls from a position on."""
         del self._stack[position:]
+        top = self._stack[-1] if self._stack else None
+        self._register.scope, self._register.call = (top.path, top.index) if top is not None else ("", -1)
 
     def _unknown_output(self, tensor: Tensor, frame: _Frame, module: nn.Module) -> int:
         """Node for a module's output that no traced operation made."""
-        silent = len(self._nodes) == frame.first_node
-        if not silent and (tensor.requires_grad or id(tensor) in self._names or isinstance(tensor, nn.Parameter)):
-            return self._node_for(tensor)
-        if id(tensor) in self._names or not frame.inputs:
-            return self._node_for(tensor)
-        learned = any(p.dim() > 1 for p in module.parameters())
-        self._problems.append(Problem(frame.kind, frame.path, "its inside could not be traced"))
-        return self._register(tensor, "opaque", frame.inputs, {"learned": learned, "module": frame.kind})
+        register = self._register
+        silent = len(register.rows) == frame.first_node
+        known = id(tensor) in self._names or isinstance(tensor, nn.Parameter) or not tensor.is_floating_point()
+        if known or not frame.inputs or (not silent and tensor.grad_fn is not None):
+            return register.node_for(tensor)
+        learned = any(p.dim() > 1 for p in (*module.parameters(), *module.buffers()))
+        reason = "nothing inside it could be traced" if silent else "its last operations could not be traced"
+        return register.opaque(tensor, frame.inputs, frame.kind, reason, learned=learned)
 
     # ---------------------------------------------------------------- operations
 
     def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Iterable[type], args: _Args = (), kwargs: _Kwargs | None = None
     ) -> Any:
         """Run one operation and put it into the graph (runs at every operation)."""
         kwargs = kwargs or {}
         what = operation(func)
-        if what.unseen or torch._C._current_graph_task_id() != -1:  # noqa: SLF001
+        if what.unseen or _current_backward() != -1:
             return func(*args, **kwargs)
         if what.name in _BACKWARD:
-            if self.observer is not None:
-                self.observer.backward(what.name, args)
-            out = func(*args, **kwargs)
-            if self.observer is not None:
-                self.observer.backward_done(what.name)
-            return out
-        parents, operands = ([], ()) if what.factory else self._operands(what, args, kwargs)
-        if self.observer is None or what.name not in self._watches:
-            out = func(*args, **kwargs)
-            self._record(what, parents, args, kwargs, out)
-            return out
+            return self._backward(what.name, func, args, kwargs)
+        parents = () if what.factory else self._parents(what, args, kwargs)
+        if what.name in self._watches and self.observer is not None:
+            return self._watched(self.observer, what, func, args, kwargs, parents)
+        out = func(*args, **kwargs)
+        self._record(what, parents, args, kwargs, out)
+        return out
+
+    def _backward(self, name: str, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+        if self.observer is None:
+            return func(*args, **kwargs)
+        self.observer.backward(name, args)
+        out = func(*args, **kwargs)
+        self.observer.backward_done(name)
+        return out
+
+    def _watched(
+        self, observer: Observer, what: Operation, func: Any, args: _Args, kwargs: _Kwargs, parents: tuple[int, ...]
+    ) -> Any:
+        """Run an operation between the observer's `before` and `after`."""
+        node_of = self._register.node_of
         ordered, rest = _ordered(what, args, kwargs)
-        numbers = operands if ordered is args else tuple(self._number(value) for value in ordered)
-        token = self.observer.before(what.name, func, ordered, rest, numbers)
+        operands = tuple(node_of(value) if isinstance(value, Tensor) else None for value in ordered)
+        token = observer.before(what.name, func, ordered, rest, operands)
         out = func(*args, **kwargs)
         node = self._record(what, parents, args, kwargs, out)
         if node is not None and isinstance(out, Tensor):
-            self.observer.after(node, what.name, func, ordered, rest, out, token)
+            observer.after(node, what.name, func, ordered, rest, out, token)
         return out
 
-    def _number(self, value: Any) -> int | None:
-        return self.node_of(value) if isinstance(value, Tensor) else None
-
-    def _operands(
-        self, what: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[int], tuple[int | None, ...]]:
-        """Nodes of all tensors among the arguments, and of the positional ones by position."""
-        parents: list[int] = []
-        numbers: list[int | None] = []
+    def _parents(self, what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[int, ...]:
+        """Nodes of the tensors among an operation's arguments."""
+        node_for = self._register.node_for
+        parents = []
         for value in args:
-            number = None
             if isinstance(value, Tensor):
-                number = self._node_for(value)
-                parents.append(number)
+                parents.append(node_for(value))
             elif isinstance(value, (tuple, list)):
-                parents.extend(self._node_for(tensor) for tensor in tensors_in(value, 3))
-            numbers.append(number)
+                for item in value:
+                    if isinstance(item, Tensor):
+                        parents.append(node_for(item))
+                    elif isinstance(item, (tuple, list)):
+                        parents += [node_for(tensor) for tensor in tensors_in(item, 2, objects=False)]
         for key, value in kwargs.items():
-            if key != "out" and isinstance(value, (Tensor, tuple, list)):
-                parents.extend(self._node_for(tensor) for tensor in tensors_in(value, 3))
+            if isinstance(value, Tensor):
+                if key != "out":
+                    parents.append(node_for(value))
+            elif isinstance(value, (tuple, list)) and key != "out":
+                parents += [node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
         if what.reflected:
             parents.reverse()
-        return (parents[:1] if what.first_only else parents), tuple(numbers)
+        return tuple(parents[:1] if what.first_only else parents)
 
     def _record(
-        self, what: Operation, parents: list[int], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        self, what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs, out: Any
     ) -> int | None:
         """Put an operation's result into the graph; the node of a single tensor."""
+        register = self._register
         if isinstance(out, Tensor):
-            return self._result(what, parents, args, kwargs, out)
+            inplace = what.inplace
+            if not inplace and register.handed_on(out):
+                return None  # `contiguous()`, `to()` of what is so already
+            if what.factory:
+                return register.add(out, "constant", (), {"factory": what.name})
+            if not inplace:  # `F.relu(x, inplace=True)`, `out=`
+                inplace = "out" in kwargs or any(value is out for value in args)
+            return register.add(out, what.name, parents, _detail(what, parents, args, kwargs), inplace=inplace)
         if isinstance(out, (tuple, list)):
             tensors = [tensor for tensor in out if isinstance(tensor, Tensor)]
             for position, tensor in enumerate(tensors):
-                self._register(
-                    tensor, what.name, tuple(parents), {"output": position, "outputs": len(tensors)}, inplace=what.inplace
-                )
-        elif out is None and what.inplace and args and isinstance(args[0], Tensor):
-            self._register(args[0], what.name, tuple(parents), {}, inplace=True)
+                detail = {"output": position, "outputs": len(tensors)}
+                register.add(tensor, what.name, parents, detail, inplace=what.inplace)
+        elif out is None and what.inplace and args and isinstance(args[0], Tensor):  # `x[i] = y`
+            register.add(args[0], what.name, parents, {}, inplace=True)
         return None
 
-    def _result(
-        self, what: Operation, parents: list[int], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-    ) -> int | None:
-        entry = self._entries.get(id(out))
-        inplace = what.inplace
-        if entry is not None and entry.ref() is out and not inplace:
-            if entry.version == _version(out):
-                return None  # handed on untouched: `contiguous()`, `to()` of what is so already
-            inplace = True
-        if what.factory:
-            return self._register(out, "constant", (), {"factory": what.name})
-        detail: dict[str, Any] = {}
-        if what.name in _SCALAR_ALPHA:
-            detail = _terms(parents, args, kwargs)
-        moved = args[1:] or tuple(kwargs.values())
-        return self._register(out, what.name, tuple(parents), detail, inplace=inplace, moved=moved)
 
-    # ---------------------------------------------------------------- nodes
-
-    def _node_for(self, tensor: Tensor) -> int:
-        """Node of an operand, made on the spot for a tensor from outside."""
-        node = self.node_of(tensor)
-        if node is not None:
-            return node
-        if tensor.grad_fn is not None:
-            return self._resolved(tensor)
-        return self._outside(tensor, "constant" if self._stack else "input")
-
-    def _outside(self, tensor: Tensor, kind: str) -> int:
-        """Node of a tensor that no operation made: a parameter, a buffer, an input, a constant."""
-        name = self._names.get(id(tensor))
-        if isinstance(tensor, nn.Parameter):
-            return self._register(tensor, "parameter", (), {"name": name or "", "buffer": False})
-        if name is not None:
-            return self._register(tensor, "parameter", (), {"name": name, "buffer": True})
-        return self._register(tensor, kind, (), {"source": "outside"})
-
-    def _resolved(self, tensor: Tensor) -> int:
-        """Node of a tensor that autograd knows and the trace does not, by its autograd graph."""
-        known = self._by_edge.get((tensor.grad_fn, tensor.output_nr))
-        if known is not None:
-            self._entries[id(tensor)] = _Entry(weakref.ref(tensor), known, _version(tensor))
-            return known
-        parents, learned, found = self._walk(tensor.grad_fn)
-        reason = "made by an operation that the trace cannot see" if found else "its origin is unknown"
-        name = tensor.grad_fn.name() if tensor.grad_fn is not None else "tensor"
-        self._problems.append(Problem(name, self._stack[-1].path if self._stack else "", reason))
-        return self._register(tensor, "opaque", tuple(parents), {"learned": learned, "function": name})
-
-    def _walk(self, start: Any) -> tuple[list[int], bool, bool]:
-        """Nodes that an unknown tensor depends on, whether a weight of two or more dimensions is among them."""
-        parents: list[int] = []
-        seen = {start}
-        queue = [start]
-        learned = False
-        while queue and len(seen) < _WALK_LIMIT:
-            for function, number in queue.pop().next_functions:
-                if function is None or function in seen:
-                    continue
-                known = self._by_edge.get((function, number))
-                variable = getattr(function, "variable", None)
-                if known is not None:
-                    parents.append(known)
-                elif isinstance(variable, Tensor):
-                    parents.append(self._node_for(variable))
-                    learned = learned or variable.dim() > 1
-                else:
-                    seen.add(function)
-                    queue.append(function)
-        return sorted(set(parents)), learned, bool(parents)
-
-    def _renewed(self, tensor: Tensor, entry: _Entry, version: int) -> int:
-        """Node of a tensor that was overwritten through another view of its storage since the trace last saw it."""
-        base = tensor._base if tensor._is_view() else tensor  # noqa: SLF001
-        writers = [n for n in self._writers.get(id(base), ()) if n > entry.node]
-        if not writers:  # an operation updated it on its own (batch-norm statistics)
-            self._entries[id(tensor)] = entry._replace(version=version)
-            return entry.node
-        last = self._nodes[writers[-1]]
-        count = 1
-        for size in last.shape:
-            count *= size
-        if count == tensor.numel():
-            return self._register(tensor, "view", (last.index,), {})
-        return self._register(tensor, "update", (entry.node, *writers), {})
-
-    def _register(
-        self, tensor: Tensor, op: str, parents: tuple[int, ...], detail: dict[str, Any], *, inplace: bool = False,
-        moved: tuple[Any, ...] = (),
-    ) -> int:  # fmt: skip
-        nodes = self._nodes
-        index = len(nodes)
-        ancestors = 0
-        for parent in parents:
-            ancestors |= nodes[parent].ancestors | (1 << parent)
-        stack = self._stack
-        scope, call = (stack[-1].path, stack[-1].index) if stack else ("", -1)
-        shape = tuple(tensor.shape)
-        grad = tensor.requires_grad
-        source = nodes[parents[0]] if parents else None
-        channel = -1 if source is None else features_axis(op, moved, source.shape, source.channel_dim, shape)
-        floating = tensor.is_floating_point() or tensor.is_complex()
-        nodes.append(
-            Node(index, op, parents, ancestors, scope, call, shape, floating, grad, channel, inplace, detail)
-        )
-        self._entries[id(tensor)] = _Entry(weakref.ref(tensor), index, _version(tensor))
-        if inplace:
-            base = tensor._base if tensor._is_view() else tensor  # noqa: SLF001
-            self._writers.setdefault(id(base), []).append(index)
-        if grad and tensor.grad_fn is not None:
-            edge = (tensor.grad_fn, tensor.output_nr)
-            self._edges[index] = edge
-            self._by_edge[edge] = index
-        self._hash = hash((self._hash, op, parents, scope, grad))
-        return index
-
-
-def _ordered(
-    what: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _ordered(what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
     """Arguments in the operation's own order: operands given by keyword or in reflected order put right."""
     if what.reflected:
         return tuple(reversed(args)), kwargs
     if "input" in kwargs or "other" in kwargs:
         given = [kwargs[key] for key in ("input", "other") if key in kwargs]
-        rest = {key: value for key, value in kwargs.items() if key not in {"input", "other"}}
-        return (*args, *given), rest
+        return (*args, *given), {key: value for key, value in kwargs.items() if key not in {"input", "other"}}
     return args, kwargs
 
 
-def _terms(parents: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a sum adds beside its tensors: the factor of the second operand, or a number."""
+def _detail(what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs) -> dict[str, Any]:
+    """What the analysis needs beside the tensors: a sum's factor or number, a power."""
+    name = what.name
+    if name in {"transpose", "permute"}:
+        axes = args[1:] or tuple(kwargs.values())
+        return {"axes": axes[0] if axes and isinstance(axes[0], (tuple, list)) else axes}
+    if name not in {"add", "sub", "pow"}:
+        return {}
     alpha = kwargs.get("alpha", 1)
-    detail = {"alpha": alpha} if alpha != 1 else {}
+    detail: dict[str, Any] = {} if isinstance(alpha, Tensor) or alpha == 1 else {"alpha": alpha}
     if len(parents) == 1:
         numbers = [value for value in args if isinstance(value, (int, float))]
         if numbers:
-            detail["scalar"] = numbers[0]
+            detail["scalar"] = numbers[-1]
     return detail

@@ -10,7 +10,7 @@ from gradflow.tracing import Tracer
 def _axis_of_output(module, x):
     with Tracer(module) as tracer:
         out = module(x)
-        return tracer._nodes[tracer.node_of(out)].channel_dim
+        return tracer.nodes[tracer.node_of(out)].channel_dim
 
 
 class _Steps(nn.Module):

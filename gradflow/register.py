@@ -1,0 +1,239 @@
+"""Which tensor is which node: identities, overwrites through views, and what only autograd knows.
+
+Tensors are held by weak reference, so the register keeps no activation alive. For tensors that autograd follows it
+holds their autograd nodes, and with them what those save for a backward that has not run yet, until it is cleared.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.axes import features_axis
+from gradflow.records import Node, Problem
+
+_WALK_LIMIT = 20_000
+_FLOATING: dict[torch.dtype, bool] = {}
+
+# op, parents, scope, call, shape, dtype, requires_grad, inplace, detail
+_Row = tuple[str, tuple[int, ...], str, int, torch.Size, torch.dtype, bool, bool, dict[str, Any]]
+
+
+def is_signal(dtype: torch.dtype) -> bool:
+    """Whether a dtype can carry a signal: floating point or complex."""
+    known = _FLOATING.get(dtype)
+    if known is None:
+        known = _FLOATING[dtype] = dtype.is_floating_point or dtype.is_complex
+    return known
+
+
+class Register(Sequence[Node]):
+    """The nodes of a pass, as rows, and the tensors that they stand for.
+
+    As a sequence it makes its nodes on demand. `scope` and `call` are where operations run at present; `names` the
+    parameters and buffers by identity; `edges` the autograd node and output number of every node that has them.
+    """
+
+    def __init__(self, names: dict[int, tuple[str, bool]]) -> None:
+        self.names = names
+        self.scope = ""
+        self.call = -1
+        self.problems: list[Problem] = []
+        self.rows: list[_Row] = []
+        self._masks: list[int] = []  # ancestors and the node itself
+        self._refs: list[weakref.ref[Tensor]] = []
+        self._entries: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # by id: reference, node, version
+        self._writers: dict[int, list[int]] = {}  # by id of the tensor that owns a storage: nodes that overwrote it
+        self.edges: dict[int, tuple[Any, int]] = {}
+        self._by_edge: dict[tuple[Any, int], int] = {}
+        self._filed = 0
+        self._axes: list[int] = []
+        self._hash = 0
+        self._hashed = 0
+
+    # ---------------------------------------------------------------- tensors to nodes
+
+    def node_of(self, tensor: Tensor) -> int | None:
+        """Node of a tensor that the register knows, None otherwise (runs at every operand)."""
+        entry = self._entries.get(id(tensor))
+        if entry is None or entry[0]() is not tensor:
+            return None
+        try:
+            version = tensor._version  # noqa: SLF001
+        except RuntimeError:  # inference tensors keep no version
+            return entry[1]
+        return entry[1] if version == entry[2] else self._renewed(tensor, entry[1], version)
+
+    def node_for(self, tensor: Tensor) -> int:
+        """Node of an operand, made on the spot for a tensor from outside."""
+        node = self.node_of(tensor)
+        if node is not None:
+            return node
+        if tensor.grad_fn is not None:
+            return self._resolved(tensor)
+        return self.outside(tensor, "constant" if self.call >= 0 else "input")
+
+    def handed_on(self, tensor: Tensor) -> bool:
+        """Whether an operation's result is a known tensor that it did not change."""
+        entry = self._entries.get(id(tensor))
+        if entry is None or entry[0]() is not tensor:
+            return False
+        try:
+            return entry[2] == tensor._version  # noqa: SLF001
+        except RuntimeError:
+            return True
+
+    # ---------------------------------------------------------------- new nodes
+
+    def add(
+        self, tensor: Tensor, op: str, parents: tuple[int, ...], detail: dict[str, Any], *, inplace: bool = False
+    ) -> int:
+        """Make a node for a tensor (runs at every operation)."""
+        index = len(self.rows)
+        mask = 1 << index
+        masks = self._masks
+        for parent in parents:
+            mask |= masks[parent]
+        masks.append(mask)
+        grad = tensor.requires_grad
+        self.rows.append((op, parents, self.scope, self.call, tensor.shape, tensor.dtype, grad, inplace, detail))
+        reference = weakref.ref(tensor)
+        self._refs.append(reference)
+        try:
+            version = tensor._version  # noqa: SLF001
+        except RuntimeError:
+            version = 0
+        self._entries[id(tensor)] = (reference, index, version)
+        if inplace:
+            self._writers.setdefault(id(_owner(tensor)), []).append(index)
+        if grad:
+            function = tensor.grad_fn
+            if function is not None:
+                self.edges[index] = (function, tensor.output_nr)
+        return index
+
+    def outside(self, tensor: Tensor, kind: str) -> int:
+        """Node of a tensor that no operation made: a parameter, a buffer, an input, a constant."""
+        name = self.names.get(id(tensor))
+        if isinstance(tensor, nn.Parameter):
+            return self.add(tensor, "parameter", (), {"name": name[0] if name else "", "buffer": False})
+        if name is not None:
+            return self.add(tensor, "parameter", (), {"name": name[0], "buffer": name[1]})
+        return self.add(tensor, kind, (), {"source": "outside"})
+
+    def opaque(self, tensor: Tensor, parents: tuple[int, ...], what: str, reason: str, *, learned: bool) -> int:
+        """Node of a tensor whose making could not be traced; counted among the problems."""
+        self.problems.append(Problem(what, self.scope, reason))
+        return self.add(tensor, "opaque", parents, {"learned": learned, "what": what})
+
+    def _renewed(self, tensor: Tensor, node: int, version: int) -> int:
+        """Node of a tensor that was overwritten through another view of its storage since it was last seen."""
+        writers = [n for n in self._writers.get(id(_owner(tensor)), ()) if n > node]
+        if not writers:  # an operation updated it on its own (batch-norm statistics)
+            self._entries[id(tensor)] = (weakref.ref(tensor), node, version)
+            return node
+        if self.rows[writers[-1]][4].numel() == tensor.numel():
+            return self.add(tensor, "view", (writers[-1],), {})
+        return self.add(tensor, "update", (node, *writers), {})
+
+    # ---------------------------------------------------------------- what only autograd knows
+
+    def _resolved(self, tensor: Tensor) -> int:
+        """Node of a tensor that autograd knows and the register does not, by its autograd graph."""
+        function = tensor.grad_fn
+        edges = self._filed_edges()
+        known = edges.get((function, tensor.output_nr))
+        if known is not None:
+            self._entries[id(tensor)] = (weakref.ref(tensor), known, tensor._version)  # noqa: SLF001
+            return known
+        name = function.name() if function is not None else "tensor"
+        parents, learned = self._walk(function, edges)
+        if len(parents) == 1 and self._same_storage(tensor, parents[0]):
+            return self.add(tensor, "alias", tuple(parents), {})
+        reason = "made where the trace cannot see, followed by its autograd graph" if parents else "unknown origin"
+        return self.opaque(tensor, tuple(parents), name, reason, learned=learned)
+
+    def _walk(self, start: Any, edges: dict[tuple[Any, int], int]) -> tuple[list[int], bool]:
+        """Nodes that an unknown tensor depends on, and whether a weight of two or more dimensions is among them."""
+        parents: set[int] = set()
+        seen, queue = {start}, [start]
+        learned = False
+        while queue and len(seen) < _WALK_LIMIT:
+            for function, number in queue.pop().next_functions:
+                if function is None or function in seen:
+                    continue
+                known = edges.get((function, number))
+                variable = getattr(function, "variable", None)
+                if known is not None:
+                    parents.add(known)
+                elif isinstance(variable, Tensor):
+                    parents.add(self.node_for(variable))
+                    learned = learned or variable.dim() > 1
+                else:
+                    seen.add(function)
+                    queue.append(function)
+        return sorted(parents), learned
+
+    def _filed_edges(self) -> dict[tuple[Any, int], int]:
+        """Nodes by autograd edge; filed only when something asks."""
+        for index in list(self.edges)[self._filed :]:
+            self._by_edge[self.edges[index]] = index
+        self._filed = len(self.edges)
+        return self._by_edge
+
+    def _same_storage(self, tensor: Tensor, node: int) -> bool:
+        """Whether a custom function only handed a tensor on, as sharding wrappers do to their inputs."""
+        other = self._refs[node]()
+        if other is None or isinstance(other, nn.Parameter) or other.shape != tensor.shape:
+            return False
+        try:
+            return other.data_ptr() == tensor.data_ptr() and other.stride() == tensor.stride()
+        except RuntimeError:  # no storage: a tensor inside a function transform
+            return False
+
+    # ---------------------------------------------------------------- results
+
+    def fingerprint(self) -> int:
+        """Hash of the rows so far: operations, parents, scopes, and whether autograd follows."""
+        for op, parents, scope, _, _, _, grad, _, _ in self.rows[self._hashed :]:
+            self._hash = hash((self._hash, op, parents, scope, grad))
+        self._hashed = len(self.rows)
+        return self._hash
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Node: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Node, ...]: ...
+    def __getitem__(self, index: int | slice) -> Node | tuple[Node, ...]:
+        """A row as a node."""
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        op, parents, scope, call, shape, dtype, grad, inplace, detail = self.rows[index]
+        ancestors = self._masks[index] ^ (1 << index)
+        axis = self._axis(index)
+        return Node(
+            index, op, parents, ancestors, scope, call, tuple(shape), is_signal(dtype), grad, axis, inplace, detail
+        )
+
+    def _axis(self, index: int) -> int:
+        """Axis of the features in a row's tensor."""
+        axes, rows = self._axes, self.rows
+        for op, parents, _, _, shape, _, _, _, detail in rows[len(axes) : index + 1]:
+            axis = -1
+            if parents:
+                axis = features_axis(op, detail.get("axes", ()), rows[parents[0]][4], axes[parents[0]], shape)
+            axes.append(axis)
+        return axes[index]
+
+
+def _owner(tensor: Tensor) -> Tensor:
+    """The tensor whose storage a view looks at."""
+    base = tensor._base if tensor._is_view() else None  # noqa: SLF001
+    return tensor if base is None else base
