@@ -30,7 +30,7 @@ def look(number: int) -> dict[str, Any]:
 
 def _name(name: str, runs: Mapping[str, Tables]) -> str:
     """A run's name for the legend: whole where there are few, short enough for two columns where there are many."""
-    return label(name, 46 if len(runs) <= 4 else 22)
+    return label(name, 46 if len(runs) <= 4 else 19)
 
 
 def _over_steps(runs: Mapping[str, Tables], ax: Axes, column: str, *, unit: str, log: bool) -> Axes:

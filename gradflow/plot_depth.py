@@ -123,6 +123,8 @@ def over_depth(
     view = View.of(run)
     style.dress(ax, x=_depth_axis(view, table), y=unit)
     ax.set_yscale(scale)
+    if not view.has(table, column):
+        style.nothing(ax, f"No {unit} was recorded")
     grid = draw_stages(view, ax, table, column, split=split)
     mark_findings(view, ax, grid, table, findings)
     return view, grid
@@ -138,7 +140,9 @@ def _depth_axis(view: View, table: str) -> str:
 
 
 def finish(ax: Axes, grid: Grid, *, least_span: float = 4.0, also: Sequence[float] | Floats = ()) -> Axes:
-    """Scale the axes to the drawn steps and `also`, and add the legend."""
+    """Scale the axes to the drawn steps and `also`, and add the legend; an axes without data is left with its note."""
+    if not ax.axison:
+        return ax
     rows = [grid.row(step) for step, _ in style.stages(grid)]
     values = np.concatenate([*rows, np.asarray(also, dtype=np.float64)]) if rows else np.asarray(also, dtype=np.float64)
     if ax.get_yscale() == "log":
@@ -229,7 +233,8 @@ def plot_gain_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) 
     Read it: 1 passes the gradient on as it is. Gains multiply: 0.9 at each of 50 joins leaves 0.5 % of the gradient.
     """
     _, grid = over_depth(run, ax, "branches", "gain", unit="gain of the gradient", split=True, findings=findings)
-    style.reference(ax, 1.0)
+    if ax.axison:
+        style.reference(ax, 1.0)
     return finish(ax, grid, also=[1.0], least_span=3.0)
 
 
@@ -270,6 +275,8 @@ def plot_attention_entropy(run: Tables, ax: Axes, *, findings: Iterable[Finding]
     Read it: 1 looks at all tokens alike, 0 at a single one.
     """
     view = View.of(run)
+    if not view.has("attention", "entropy"):
+        return style.nothing(ax, "No entropy of attention was recorded")
     style.dress(ax, x=_depth_axis(view, "attention"), y="entropy / ln(keys)")
     entropy, keys = view.grid("attention", "entropy"), view.grid("attention", "keys")
     with np.errstate(divide="ignore", invalid="ignore"):

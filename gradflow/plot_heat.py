@@ -95,7 +95,7 @@ def draw_map(ax: Axes, grid: Grid, *, unit: str, scale: Scale) -> Axes:
 def _name_rows(ax: Axes, grid: Grid) -> None:
     common, positions, names = rows_of_names(grid.labels)
     ax.yaxis.set_major_locator(FixedLocator([p + 0.5 for p in positions]))
-    ax.set_yticklabels([label(name, 18) for name in names], fontsize=7.5)
+    ax.set_yticklabels([label(name, 18) for name in names], fontsize=8)
     ax.set_ylabel(label(f"{common}. …" if common else "", 34), color=style.MUTED, fontsize=8.5)
 
 

@@ -59,7 +59,7 @@ SEVERITY = {"error": VERMILLION, "warning": THEME["amber"][0], "info": BLUE}
 SERIES = tuple(THEME[name][0] for name in ("blue", "vermillion", "green", "purple", "ink", "amber", "sky"))
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 SEQUENTIAL, DIVERGING = "viridis", "PuOr_r"
-SIZE = (5.2, 3.3)  # inches; at 72 units an inch the type is legible on a phone at full width
+SIZE = (4.7, 3.1)  # inches, 72 units each: at the full width of a phone the type keeps its size
 REFERENCE = (0, (5, 2, 1, 2))
 MOST_POINTS = 400  # of a line over steps
 
@@ -121,8 +121,9 @@ def log_axis(axis: YAxis, values: Floats | Sequence[float], *, least_span: float
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers) & (numbers > 0)]
     low, high = (float(numbers.min()), float(numbers.max())) if numbers.size else (0.1, 10.0)
-    spare = max(0.0, math.log(least_span) - math.log(high / low)) / 2 + 0.06 * math.log(max(high / low, 2.0))
-    low, high = low / math.exp(spare), high * math.exp(spare)
+    bottom, top = math.log10(low), math.log10(high)
+    spare = max(0.0, math.log10(least_span) - (top - bottom)) / 2 + 0.06 * max(top - bottom, 0.3)
+    low, high = 10 ** max(bottom - spare, -307.0), 10 ** min(top + spare, 308.0)  # within float64
     axis.axes.set_yscale("log")
     axis.axes.set_ylim(low, high)
     axis.set_minor_locator(NullLocator())
@@ -133,7 +134,7 @@ def log_axis(axis: YAxis, values: Floats | Sequence[float], *, least_span: float
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers between the ends: powers of ten, with 2 and 5 or finer steps where the ends are close."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    decades = math.log10(high / low)
+    decades = math.log10(high) - math.log10(low)
     if decades > 2:
         every = max(1, math.ceil(decades / 6))
         exponents = [e for e in range(first, last + 1) if e % every == 0]

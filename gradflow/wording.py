@@ -34,21 +34,19 @@ def label(text: str, limit: int = 34) -> str:
 
 
 def number(value: float) -> str:
-    """A number as a person writes it: three digits, 12 500 as 12.5k, tiny ones as 3.2×10⁻⁷."""
+    """A number as a person writes it: three digits, thousands with a comma, tiny and huge ones as 3.2×10⁻⁷."""
     if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("∞" if value > 0 else "-∞")
+        return "NaN" if math.isnan(value) else ("∞" if value > 0 else "\N{MINUS SIGN}∞")
     size = abs(value)
-    if size == 0:
-        return "0"
-    if 1e-3 <= size < 1e4:
+    if size == 0 or 1e-3 <= size < 1e4:
         text = f"{value:.3g}" if size < 1e3 else f"{value:,.0f}"
         if size < 1 and text.lstrip("-") == "1":  # 0.9998 is not 1 where a cosine is meant
-            text = f"{value:.6f}".rstrip("0")
-        return text.replace("-", "−")
-    exponent = math.floor(math.log10(size))
-    mantissa = f"{value / 10.0**exponent:.2g}".replace("-", "−")
-    power = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"10{power}" if mantissa == "1" else f"{mantissa}×10{power}"
+            text = f"{value:.6f}".rstrip("0").rstrip(".")
+        return text.replace("-", "\N{MINUS SIGN}")
+    mantissa, exponent = f"{value:.1e}".split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    mantissa = mantissa.removesuffix(".0").replace("-", "\N{MINUS SIGN}")
+    return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
 def rows_of_names(labels: Sequence[str], limit: int = MOST_NAMES) -> tuple[str, list[int], list[str]]:
