@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,24 +20,37 @@ def module_paths(model: nn.Module) -> dict[nn.Module, str]:
     Left out: wrappers themselves (DDP, compiled, checkpointed, FSDP), which add nothing of their own, and what is
     inside a scripted module, where Python hooks do not run.
     """
-    paths: dict[nn.Module, str] = {}
+    return {module: path for module, path, hidden in _walk(model) if not hidden}
+
+
+def names_by_identity(model: nn.Module) -> dict[int, tuple[str, bool]]:
+    """By `id`: the stripped name of every parameter and buffer, and whether it is a buffer."""
+    names: dict[int, tuple[str, bool]] = {}
+    for module, path, _ in _walk(model):
+        for tensors, buffer in ((module._buffers, True), (module._parameters, False)):  # noqa: SLF001
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in names:
+                    names[id(tensor)] = (f"{path}.{name}" if path else name, buffer)
+    return names
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
+    """Every module with its stripped path, and whether it is a wrapper or inside a scripted module."""
     parallel: set[str] = set()
-    scripted: list[str] = []
+    scripted: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if scripted and any(name.startswith(prefix) for prefix in scripted):
-            continue
+        hidden = name.startswith(scripted) if scripted else False
         if isinstance(module, torch.jit.ScriptModule):
-            scripted.append(f"{name}." if name else "")
+            scripted = (*scripted, f"{name}." if name else "")
         if isinstance(module, _PARALLEL):
             parallel.add(name)
-        elif _WRAPPER_SEGMENTS.isdisjoint(module._modules):  # noqa: SLF001
-            paths[module] = _stripped(name, parallel)
-    return paths
+            hidden = True
+        yield module, _stripped(name, parallel), hidden or not _WRAPPER_SEGMENTS.isdisjoint(module._modules)  # noqa: SLF001
 
 
 def _stripped(name: str, parallel: set[str]) -> str:
     """`name` without wrapper segments; `parallel` holds the raw names of data-parallel wrappers met so far."""
-    if not parallel and not any(segment in name for segment in _WRAPPER_SEGMENTS):
+    if not parallel and "_" not in name:
         return name
     kept: list[str] = []
     raw = ""
@@ -47,14 +60,6 @@ def _stripped(name: str, parallel: set[str]) -> str:
         if not wrapped:
             kept.append(segment)
     return ".".join(kept)
-
-
-def stripped_names(model: nn.Module) -> dict[int, tuple[str, bool]]:
-    """By identity: the stripped name of every parameter and buffer, and whether it is a buffer."""
-    parallel = {name for name, module in model.named_modules() if isinstance(module, _PARALLEL)}
-    names = {id(b): (_stripped(n, parallel), True) for n, b in model.named_buffers()}
-    names.update({id(p): (_stripped(n, parallel), False) for n, p in model.named_parameters()})
-    return names
 
 
 def tensors_in(value: Any, depth: int = 4, *, objects: bool = True) -> list[Tensor]:
@@ -67,20 +72,24 @@ def tensors_in(value: Any, depth: int = 4, *, objects: bool = True) -> list[Tens
 def _collect(value: Any, depth: int, found: list[Tensor], objects: bool) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    elif value is None or depth == 0 or isinstance(value, _FLAT):
         return
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    if value is None or depth == 0 or isinstance(value, _FLAT):
+        return
+    for item in _items(value, objects):
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif item is not None:
             _collect(item, depth - 1, found, objects)
-    elif isinstance(value, (dict, Mapping)):
-        for item in value.values():
-            _collect(item, depth - 1, found, objects)
-    elif isinstance(value, (set, frozenset)):
-        for item in value:
-            _collect(item, depth - 1, found, objects)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            _collect(getattr(value, field.name, None), depth - 1, found, objects)
-    elif objects and hasattr(value, "__dict__") and not callable(value):
-        for item in list(vars(value).values()):
-            _collect(item, depth - 1, found, objects)
+
+
+def _items(value: Any, objects: bool) -> Iterable[Any]:
+    """What a container holds; nothing for what is no container."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    if isinstance(value, (dict, Mapping)):
+        return value.values()
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    if objects and hasattr(value, "__dict__") and not callable(value):
+        return list(vars(value).values())
+    return ()

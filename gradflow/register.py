@@ -17,6 +17,7 @@ from gradflow.axes import features_axis
 from gradflow.records import Node, Problem
 
 _WALK_LIMIT = 20_000
+_ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "dropout", "pow", "tanh", "relu", "gelu", "silu", "contiguous"})
 _FLOATING: dict[torch.dtype, bool] = {}
 
 # op, parents, scope, call, shape, dtype, requires_grad, inplace, detail
@@ -35,7 +36,8 @@ class Register(Sequence[Node]):
     """The nodes of a pass, as rows, and the tensors that they stand for.
 
     As a sequence it makes its nodes on demand. `scope` and `call` are where operations run at present; `names` the
-    parameters and buffers by identity; `edges` the autograd node and output number of every node that has them.
+    parameters and buffers by identity; `edges` the autograd node and output number of every node that has them; `entries` the
+    known tensors by `id`: weak reference, node, version.
     """
 
     def __init__(self, names: dict[int, tuple[str, bool]]) -> None:
@@ -46,7 +48,8 @@ class Register(Sequence[Node]):
         self.rows: list[_Row] = []
         self._masks: list[int] = []  # ancestors and the node itself
         self._refs: list[weakref.ref[Tensor]] = []
-        self._entries: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # by id: reference, node, version
+        self.entries: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # by id: reference, node, version
+        self.overwrites = False  # versions need no look while nothing was overwritten
         self._writers: dict[int, list[int]] = {}  # by id of the tensor that owns a storage: nodes that overwrote it
         self.edges: dict[int, tuple[Any, int]] = {}
         self._by_edge: dict[tuple[Any, int], int] = {}
@@ -59,7 +62,7 @@ class Register(Sequence[Node]):
 
     def node_of(self, tensor: Tensor) -> int | None:
         """Node of a tensor that the register knows, None otherwise (runs at every operand)."""
-        entry = self._entries.get(id(tensor))
+        entry = self.entries.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return None
         try:
@@ -79,7 +82,7 @@ class Register(Sequence[Node]):
 
     def handed_on(self, tensor: Tensor) -> bool:
         """Whether an operation's result is a known tensor that it did not change."""
-        entry = self._entries.get(id(tensor))
+        entry = self.entries.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return False
         try:
@@ -107,8 +110,9 @@ class Register(Sequence[Node]):
             version = tensor._version  # noqa: SLF001
         except RuntimeError:
             version = 0
-        self._entries[id(tensor)] = (reference, index, version)
+        self.entries[id(tensor)] = (reference, index, version)
         if inplace:
+            self.overwrites = True
             self._writers.setdefault(id(_owner(tensor)), []).append(index)
         if grad:
             function = tensor.grad_fn
@@ -134,7 +138,7 @@ class Register(Sequence[Node]):
         """Node of a tensor that was overwritten through another view of its storage since it was last seen."""
         writers = [n for n in self._writers.get(id(_owner(tensor)), ()) if n > node]
         if not writers:  # an operation updated it on its own (batch-norm statistics)
-            self._entries[id(tensor)] = (weakref.ref(tensor), node, version)
+            self.entries[id(tensor)] = (weakref.ref(tensor), node, version)
             return node
         if self.rows[writers[-1]][4].numel() == tensor.numel():
             return self.add(tensor, "view", (writers[-1],), {})
@@ -148,7 +152,7 @@ class Register(Sequence[Node]):
         edges = self._filed_edges()
         known = edges.get((function, tensor.output_nr))
         if known is not None:
-            self._entries[id(tensor)] = (weakref.ref(tensor), known, tensor._version)  # noqa: SLF001
+            self.entries[id(tensor)] = (weakref.ref(tensor), known, tensor._version)  # noqa: SLF001
             return known
         name = function.name() if function is not None else "tensor"
         parents, learned = self._walk(function, edges)
@@ -226,10 +230,13 @@ class Register(Sequence[Node]):
         """Axis of the features in a row's tensor."""
         axes, rows = self._axes, self.rows
         for op, parents, _, _, shape, _, _, _, detail in rows[len(axes) : index + 1]:
-            axis = -1
-            if parents:
-                axis = features_axis(op, detail.get("axes", ()), rows[parents[0]][4], axes[parents[0]], shape)
-            axes.append(axis)
+            if not parents:
+                axes.append(-1)
+                continue
+            first = parents[0]
+            before = rows[first][4]
+            kept = op in _ELEMENTWISE and shape == before
+            axes.append(axes[first] if kept else features_axis(op, detail.get("axes", ()), before, axes[first], shape))
         return axes[index]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradflow.modules import module_paths, stripped_names
+from gradflow.modules import module_paths, names_by_identity
 from gradflow.modules import tensors_in as tensors_in
 from gradflow.operations import Operation, operation
 from gradflow.records import Call, Graph, Node
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
+_DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute"})
 _BACKWARD = frozenset({"backward", "grad"})
 _current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
 _Args = tuple[Any, ...]
@@ -99,7 +100,7 @@ class Tracer(TorchFunctionMode):
 
     def __enter__(self) -> Tracer:  # noqa: PYI034
         try:
-            self._names = self._register.names = stripped_names(self.model)
+            self._names = self._register.names = names_by_identity(self.model)
             for module, path in module_paths(self.model).items():
                 self._hook(module, path)
             super().__enter__()
@@ -274,23 +275,19 @@ class Tracer(TorchFunctionMode):
 
     def _parents(self, what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[int, ...]:
         """Nodes of the tensors among an operation's arguments."""
-        node_for = self._register.node_for
+        register = self._register
+        entries = register.entries
         parents = []
         for value in args:
             if isinstance(value, Tensor):
-                parents.append(node_for(value))
+                entry = entries.get(id(value))
+                known = entry is not None and entry[0]() is value and not register.overwrites
+                parents.append(entry[1] if known and entry is not None else register.node_for(value))
             elif isinstance(value, (tuple, list)):
-                for item in value:
-                    if isinstance(item, Tensor):
-                        parents.append(node_for(item))
-                    elif isinstance(item, (tuple, list)):
-                        parents += [node_for(tensor) for tensor in tensors_in(item, 2, objects=False)]
+                parents += [register.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
         for key, value in kwargs.items():
-            if isinstance(value, Tensor):
-                if key != "out":
-                    parents.append(node_for(value))
-            elif isinstance(value, (tuple, list)) and key != "out":
-                parents += [node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
+            if key != "out" and isinstance(value, (Tensor, tuple, list)):
+                parents += [register.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
         if what.reflected:
             parents.reverse()
         return tuple(parents[:1] if what.first_only else parents)
@@ -302,13 +299,14 @@ class Tracer(TorchFunctionMode):
         register = self._register
         if isinstance(out, Tensor):
             inplace = what.inplace
-            if not inplace and register.handed_on(out):
-                return None  # `contiguous()`, `to()` of what is so already
+            if not inplace and id(out) in register.entries:
+                if register.handed_on(out):
+                    return None  # `contiguous()`, `to()` of what is so already
+                inplace = "out" in kwargs or any(value is out for value in args)  # `F.relu(x, inplace=True)`, `out=`
             if what.factory:
                 return register.add(out, "constant", (), {"factory": what.name})
-            if not inplace:  # `F.relu(x, inplace=True)`, `out=`
-                inplace = "out" in kwargs or any(value is out for value in args)
-            return register.add(out, what.name, parents, _detail(what, parents, args, kwargs), inplace=inplace)
+            detail = _detail(what.name, parents, args, kwargs) if what.name in _DETAILED else {}
+            return register.add(out, what.name, parents, detail, inplace=inplace)
         if isinstance(out, (tuple, list)):
             tensors = [tensor for tensor in out if isinstance(tensor, Tensor)]
             for position, tensor in enumerate(tensors):
@@ -329,14 +327,11 @@ def _ordered(what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwa
     return args, kwargs
 
 
-def _detail(what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs) -> dict[str, Any]:
-    """What the analysis needs beside the tensors: a sum's factor or number, a power."""
-    name = what.name
+def _detail(name: str, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs) -> dict[str, Any]:
+    """What the analysis needs beside the tensors: the axes moved, a sum's factor or number, a power."""
     if name in {"transpose", "permute"}:
         axes = args[1:] or tuple(kwargs.values())
         return {"axes": axes[0] if axes and isinstance(axes[0], (tuple, list)) else axes}
-    if name not in {"add", "sub", "pow"}:
-        return {}
     alpha = kwargs.get("alpha", 1)
     detail: dict[str, Any] = {} if isinstance(alpha, Tensor) or alpha == 1 else {"alpha": alpha}
     if len(parents) == 1:
