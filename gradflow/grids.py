@@ -135,7 +135,7 @@ class View:
         self.streams, self.parameters = run.streams, run.parameters
         self.steps = run.steps  # found anew at each reading
         self._tables: dict[str, pa.Table] = {}
-        self._places: dict[str, tuple[Ints, Ints, tuple[tuple[str, ...], ...]]] = {}
+        self._places: dict[str, tuple[Ints | None, tuple[tuple[str, ...], ...]]] = {}
 
     @classmethod
     def of(cls, run: Tables) -> View:
@@ -155,16 +155,21 @@ class View:
 
     def grid(self, table: str, column: str) -> Grid:
         """The column as a matrix of step by name; empty where the table has no such column."""
-        rows, columns, names = self._place(table)
+        place, names = self._place(table)
         shape = (len(self.steps), len(names))
-        values, broken = np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_)
-        if self.has(table, column):
-            data = self.table(table)[column]
-            numbers = data.to_numpy().astype(np.float64)
-            finite = np.isfinite(numbers)
-            values[rows, columns] = np.where(finite, numbers, np.nan)
-            broken[rows, columns] = ~finite & ~data.is_null().to_numpy()
-        return Grid(np.asarray(self.steps, dtype=np.int64), names, values, broken)
+        steps = np.asarray(self.steps, dtype=np.int64)
+        if not self.has(table, column):
+            return Grid(steps, names, np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_))
+        data = self.table(table)[column]
+        numbers = data.to_numpy().astype(np.float64, copy=False)
+        finite = np.isfinite(numbers)
+        broken = ~finite & data.is_valid().to_numpy() if not finite.all() else ~finite
+        numbers = np.where(broken, np.nan, numbers) if broken.any() else numbers
+        if place is None:
+            return Grid(steps, names, numbers.reshape(shape), broken.reshape(shape))
+        values, flags = np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_)
+        values.reshape(-1)[place], flags.reshape(-1)[place] = numbers, broken
+        return Grid(steps, names, values, flags)
 
     def series(self, column: str) -> tuple[Ints, Floats]:
         """A column of the `steps` table against the step, shapes (step,) both; NaN where it is null."""
@@ -173,15 +178,18 @@ class View:
             return np.empty(0, dtype=np.int64), np.empty(0)
         return frame["step"].to_numpy().astype(np.int64), frame[column].to_numpy().astype(np.float64)
 
-    def _place(self, table: str) -> tuple[Ints, Ints, tuple[tuple[str, ...], ...]]:
+    def _place(self, table: str) -> tuple[Ints | None, tuple[tuple[str, ...], ...]]:
+        """(cell of each row, counted row by row; names). None for the cells where the rows fill the grid in order."""
         if table not in self._places:
             frame = self.table(table)
-            rows = np.searchsorted(np.asarray(self.steps, dtype=np.int64), frame["step"].to_numpy())
+            steps = np.searchsorted(np.asarray(self.steps, dtype=np.int64), frame["step"].to_numpy())
             codes, names = _codes([frame[key] for key in KEYS[table]])
             order = self._in_order(table, names)
-            place = np.empty(len(order), dtype=np.int64)
-            place[order] = np.arange(len(order))
-            self._places[table] = (rows, place[codes], tuple(names[i] for i in order))
+            rank = np.empty(len(order), dtype=np.int64)
+            rank[order] = np.arange(len(order))
+            place = steps * len(order) + rank[codes]
+            whole = len(place) == len(self.steps) * len(order) and bool((place == np.arange(len(place))).all())
+            self._places[table] = (None if whole else place, tuple(names[i] for i in order))
         return self._places[table]
 
     def _in_order(self, table: str, names: tuple[tuple[str, ...], ...]) -> list[int]:

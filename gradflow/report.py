@@ -71,7 +71,7 @@ def render(run: Run, *, findings: Sequence[Finding] | None = None) -> str:
         **_common(),
         model=str(run.meta.get("model") or "unnamed model"),
         path=str(run.path) if run.path else "",
-        verdict=summary.make_verdict(run, found, len(checks)),
+        verdict=summary.make_verdict(view, found, len(checks)),
         findings=found,
         serious=[(at, finding) for at, finding in enumerate(found, 1) if finding.severity != "info"],
         strip=strip,
@@ -83,7 +83,7 @@ def render(run: Run, *, findings: Sequence[Finding] | None = None) -> str:
         points=inventory.points(view, found),
         layers=inventory.layers(view, found),
         parameters=inventory.parameters(view, found),
-        recording=summary.recording(run),
+        recording=summary.recording(run, view),
         checks=checks,
     )  # fmt: skip
 
@@ -128,7 +128,7 @@ def render_comparison(runs: Mapping[str, Run], *, findings: Sequence[Sequence[Fi
                 "dashes": ""
                 if isinstance(line["linestyle"], str)
                 else " ".join(f"{3 * d:g}" for d in line["linestyle"][1]),
-                "verdict": summary.make_verdict(run, found[name], checks),
+                "verdict": summary.make_verdict(views[name], found[name], checks),
                 "codes": list(dict.fromkeys(f.code for f in found[name] if f.severity != "info")),
                 "figures": figures[name],
                 "findings": found[name],

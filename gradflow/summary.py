@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gradflow.grids import View, run_starts
+from gradflow.grids import run_starts
 from gradflow.plot_time import ledger_streams, stream_ledger
 from gradflow.wording import number, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from gradflow.grids import Tables, View
     from gradflow.records import Finding
     from gradflow.store import Run
 
@@ -66,7 +67,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
-def make_verdict(run: Run, findings: Sequence[Finding], checks: int) -> Verdict:
+def make_verdict(run: Tables, findings: Sequence[Finding], checks: int) -> Verdict:
     """What the page opens with; `checks` is how many rules were asked."""
     count = Counter(finding.severity for finding in findings)
     seen = _evidence(run, checks)
@@ -84,7 +85,7 @@ def make_verdict(run: Run, findings: Sequence[Finding], checks: int) -> Verdict:
     return Verdict("healthy", "Healthy: nothing is wrong", f"On the evidence of {seen}.{note}")
 
 
-def _evidence(run: Run, checks: int) -> str:
+def _evidence(run: Tables, checks: int) -> str:
     steps = run.steps
     if not steps:
         return "no sampled step"
@@ -237,10 +238,10 @@ def _severity_of(name: str, findings: Sequence[Finding]) -> str:
     return ""
 
 
-def recording(run: Run) -> list[Fact]:
-    """What was recorded, of what, how, and at what cost."""
-    meta, view = run.meta, View.of(run)
-    config, steps = meta.get("config") or {}, run.steps
+def recording(run: Run, view: View) -> list[Fact]:
+    """What was recorded, of what, how, and at what cost; `view` is the run's."""
+    meta, steps = run.meta, view.steps
+    config = meta.get("config") or {}
     parts = (("branch", run.branches), ("stream", run.streams), ("layer", run.layers), ("parameter", run.parameters))
     facts = [
         Fact("Model", str(meta.get("model") or "unnamed")),

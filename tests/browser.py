@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from pathlib import Path  # noqa: TC003
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
 HOW_TO_GET_IT = "no Chromium on the PATH: install it (Debian, Ubuntu: `apt-get install chromium`) to run the browser tests"

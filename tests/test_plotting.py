@@ -312,7 +312,7 @@ def test_the_colours_of_a_page_follow_its_theme():
     svg = svg_of(runs.prenorm(blocks=2, last=8), "signal-depth")
     assert "var(--ink,#1c2430)" in svg
     assert "var(--late,#08306b)" in svg
-    fixed = {found for found in plot_svg._COLOUR.findall(svg)} - {light for light, _ in style.THEME.values()}
+    fixed = set(plot_svg._COLOUR.findall(svg)) - {light for light, _ in style.THEME.values()}
     assert fixed <= {"#000000", "#ffffff"}
 
 
@@ -338,10 +338,10 @@ def test_pictures_are_drawn_without_pyplot():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(("format", "start"), [("pdf", b"%PDF"), ("png", b"\x89PNG"), ("svg", b"<?xml")])
-def test_every_picture_can_be_exported(tmp_path, format, start):
+@pytest.mark.parametrize(("kind", "start"), [("pdf", b"%PDF"), ("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_every_picture_can_be_exported(tmp_path, kind, start):
     run = runs.prenorm(blocks=2, last=8)
-    written = gallery.export(run, tmp_path / "figures", format=format)
+    written = gallery.export(run, tmp_path / "figures", format=kind)
     assert len(written) == len(set(written)) == len(gallery.PICTURES) + 2
     assert all(path.read_bytes().startswith(start) for path in written)
 
