@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+LETTERS = 52  # of stream names that fit over a picture
 MARKERS = ("o", "s", "^")
 
 
@@ -82,11 +83,12 @@ def _breaks(ax: Axes, parts: list[style.Stretch]) -> None:
     """A rule between streams, and their names where there is room."""
     for before, part in pairwise(parts):
         ax.axvline((before.x[-1] + part.x[0]) / 2, color=style.RULE, linewidth=0.9, zorder=0)
-    if 1 < len(parts) <= 6:
-        width = 46 // len(parts)
-        for part in parts:
+    span = parts[-1].x[-1] - parts[0].x[0] if parts else 0.0
+    for part in parts if len(parts) > 1 else []:
+        room = int(LETTERS * (part.x[-1] - part.x[0]) / span) if span else 0
+        if room >= 4:
             ax.text(
-                float(part.x.mean()), 1.0, label(part.name, width), transform=ax.get_xaxis_transform(),
+                float(part.x.mean()), 1.0, label(part.name, room), transform=ax.get_xaxis_transform(), gid="stream",
                 ha="center", va="bottom", fontsize=7.5, color=style.MUTED, clip_on=False,
             )  # fmt: skip
 
@@ -270,7 +272,7 @@ def plot_outliers(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) ->
 
 
 def plot_attention_entropy(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Entropy of attention over its largest possible value, ln(keys).
+    """Entropy of attention over its largest value, ln(keys).
 
     Read it: 1 looks at all tokens alike, 0 at a single one.
     """

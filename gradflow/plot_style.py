@@ -110,9 +110,11 @@ def legend(ax: Axes) -> None:
     if handles:
         longest = max(len(text) for text in labels)
         columns = 3 if longest <= 13 else (2 if longest <= 26 else 1)
+        named = any(text.get_gid() == "stream" for text in ax.texts)  # names of streams stand right above the axes
         ax.legend(
             handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(labels), columns),
-            frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.2, columnspacing=1.4, borderaxespad=0.2,
+            frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.2, columnspacing=1.4,
+            borderaxespad=1.5 if named else 0.2,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.transforms import offset_copy
 
 from gradflow import plot_style as style
 from gradflow.grids import Grid, Tables, View, run_starts
@@ -20,22 +21,23 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-MOST_MARKED = 9
+MOST_MARKED = 6
 
 
 def mark_findings(ax: Axes, findings: Sequence[Finding], first: float, last: float) -> None:
     """Numbered bars along the top: from the first to the last step at which each finding holds."""
     shown = [(i, f) for i, f in enumerate(findings, 1) if f.severity != "info"][:MOST_MARKED]
     for row, (at, finding) in enumerate(shown):
-        y, color = 1.03 + 0.055 * row, style.SEVERITY[finding.severity]
+        # In points above the axes, not in parts of their height: the layout cannot settle what grows with the axes.
+        place = offset_copy(ax.get_xaxis_transform(), ax.get_figure(root=True), y=6 + 9 * row, units="points")
         start, stop = (min(max(step, first), last) for step in finding.steps)
         ax.plot(
-            (start, stop), (y, y), color=color, linewidth=3, solid_capstyle="butt", marker="|", markersize=7,
-            markeredgewidth=3, transform=ax.get_xaxis_transform(), clip_on=False,
+            (start, stop), (1, 1), color=style.SEVERITY[finding.severity], linewidth=3, solid_capstyle="butt",
+            marker="|", markersize=7, markeredgewidth=3, transform=place, clip_on=False,
         )  # fmt: skip
         ax.annotate(
-            str(at), (start, y), xycoords=ax.get_xaxis_transform(), xytext=(-5, 0), textcoords="offset points",
-            ha="right", va="center", fontsize=8, color=style.INK, annotation_clip=False,
+            str(at), (start, 1), xycoords=place, xytext=(-5, 0), textcoords="offset points", ha="right", va="center",
+            fontsize=8, color=style.INK, annotation_clip=False,
         )  # fmt: skip
 
 

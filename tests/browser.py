@@ -14,7 +14,14 @@ from pathlib import Path  # noqa: TC003
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
 HOW_TO_GET_IT = "no Chromium on the PATH: install it (Debian, Ubuntu: `apt-get install chromium`) to run the browser tests"
 # Chromium reads commands from descriptor 3 and answers on 4.
-_LAUNCH = "import os,sys; r,w=(os.dup(int(a)) for a in sys.argv[1:3]); os.dup2(r,3); os.dup2(w,4); os.execv(sys.argv[3],sys.argv[3:])"
+_LAUNCH = """
+import os, sys
+r, w = (os.dup(int(argument)) for argument in sys.argv[1:3])
+for there, here in ((r, 3), (w, 4)):
+    os.dup2(there, here)
+    os.set_inheritable(here, True)  # dup2 of a descriptor onto itself leaves it closed on exec
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 OVERLAPS = """
 (() => {
@@ -51,6 +58,13 @@ class Browser:
         os.close(from_it)
         self._buffer, self._last, self.events = b"", 0, []
         self._session = None
+        try:
+            self._open(path)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _open(self, path: Path) -> None:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -101,7 +115,7 @@ class Browser:
     def size(self, width: int, height: int) -> None:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
 
-    def media(self, media: str = "screen", scheme: str = "light") -> None:
+    def media(self, media: str = "", scheme: str = "light") -> None:
         self.send("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def ask(self, expression: str):
