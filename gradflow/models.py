@@ -203,14 +203,14 @@ class Encoder(nn.Module):
             Block(width, heads, hidden, dropout=dropout, attention_dropout=attention_dropout, norm=norm, joins=pair)
             for pair in zip(joins[::2], joins[1::2], strict=True)
         )
-        self.final_norm = nn.LayerNorm(width) if norm == "pre" else nn.Identity()
+        self.final_norm = nn.LayerNorm(width) if norm == "pre" else None
 
     def forward(self, x: Tensor, padding: Tensor | None = None, *, causal: bool = False) -> Tensor:
         """Map (B, T, D) to (B, T, D); `padding` (B, T) is True at tokens that no other token may see."""
         skip = x
         for block in self.blocks:
             x, skip = block(x, skip, padding=padding, causal=causal)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        return x if self.final_norm is None else self.final_norm(x)
 
 
 class Embedding(nn.Module):
