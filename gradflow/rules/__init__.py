@@ -16,7 +16,9 @@ from gradflow.rules import (
     explosion,
     faults,
     gradients,
+    grouping,
     nonfinite,
+    precision,
     signals,
     silence,
     tokens,
@@ -39,8 +41,8 @@ RULES: dict[str, Rule] = {
         explosion.EXPLODING,
         explosion.SPIKES,
         blocked.BLOCKED,
-        updates.UNDERFLOWS,
-        updates.BELOW_EPSILON,
+        precision.UNDERFLOWS,
+        precision.BELOW_EPSILON,
         signals.EXPLOSION,
         signals.COLLAPSE,
         silence.RULE,
@@ -66,5 +68,7 @@ def diagnose(run: Run) -> list[Finding]:
     An empty run has no findings; neither, as a rule, has a healthy one at warning or error.
     """
     view = faults.view_of(run)
-    findings = [finding for rule in RULES.values() for finding in rule.check(view)]
-    return sorted(findings, key=lambda finding: (_ORDER[finding.severity], finding.steps[0], finding.code))
+    findings = [finding for rule in RULES.values() for finding in rule.judge(view)]
+    return sorted(
+        grouping.grouped(findings), key=lambda finding: (_ORDER[finding.severity], finding.steps[0], finding.code)
+    )

@@ -10,7 +10,7 @@ from gradflow.records import Finding
 from gradflow.rules.depth import profiles
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.texts import listed, unique
-from gradflow.rules.view import lasting, window
+from gradflow.rules.view import lasting, median, window
 
 if TYPE_CHECKING:
     from gradflow.rules.depth import Profile
@@ -89,12 +89,12 @@ def _blocked_branches(view: View) -> list[Finding]:
 
 
 def _without_gradient(view: View) -> list[str]:
-    """Trainable parameters in an optimizer that never had a gradient at the end of the run."""
+    """Trainable parameters in an optimizer that had no gradient at all (not even zero) at the end of the run."""
     grid = view.grid("parameters")
     if not len(grid.steps):
         return []
-    gradient = grid["grad_sq"][window(len(grid.steps))]
-    dead = np.asarray(~(gradient > 0).any(axis=0))
+    _, known = grid.raw("grad_sq")
+    dead = np.asarray(~known[window(len(grid.steps))].any(axis=0))
     trainable = {p.name for p in view.run.parameters if p.requires_grad and p.group is not None}
     return [name for name, none in zip(grid.names, dead, strict=True) if none and name in trainable]
 
@@ -108,7 +108,7 @@ def _blocked_depth(view: View) -> list[Finding]:
 def _cut(view: View, profile: Profile, starved: list[str]) -> Finding | None:
     """A point behind which the gradient is gone while the signal passed, with trainable weights on the starved side."""
     recent = profile.recent
-    alive = np.asarray((profile.grad[recent] > 0).any(axis=0))
+    alive = np.asarray(profile.reached[recent].any(axis=0))
     signal = np.asarray((profile.rms[recent] > 0).any(axis=0))
     if not alive.any() or not signal[: int(np.argmax(alive))].any():
         return None
@@ -133,7 +133,7 @@ def _cut(view: View, profile: Profile, starved: list[str]) -> Finding | None:
             "quantity": "gradient at the points before the cut",
             "stream": profile.name,
             "measured": 0.0,
-            "expected": float(np.nanmedian(profile.grad[recent, first])),
+            "expected": float(median(profile.grad[recent, first])),
             "expected_from": "the gradient at the first point that has one",
             "threshold": 0.0,
             "threshold_from": "a connected graph has some",
@@ -173,17 +173,18 @@ def frozen(view: View) -> list[Finding]:
     known = {p.name: p for p in view.run.parameters if p.requires_grad and p.name not in told}
     groups: dict[str, list[str]] = {"optimizer": [], "graph": [], "update": []}
     stopped = _never_updated(view)
-    gradient = np.asarray((grid["grad_sq"] > 0).any(axis=0))
+    gradient = np.asarray(grid.raw("grad_sq")[1].any(axis=0))
+    some = np.asarray((grid["grad_sq"] > 0).any(axis=0))
     optimizers = bool(view.run.meta.get("optimizers"))
     for i, name in enumerate(grid.names):
         if name not in known or any(name.startswith(f"{place}.") for place in blocked_names):
             continue
         if known[name].group is None:
-            if optimizers and gradient[i]:
+            if optimizers and some[i]:
                 groups["optimizer"].append(name)
         elif not gradient[i]:
             groups["graph"].append(name)
-        elif stopped[i]:
+        elif stopped[i] and some[i]:
             groups["update"].append(name)
     return [_frozen(view, cause, names) for cause, names in groups.items() if names]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gradflow.records import Branch
-    from gradflow.rules.view import Floats, View
+    from gradflow.rules.view import Bools, Floats, View
 
 WEIGHT_LAYERS = re.compile(r"linear|conv|dense|bilinear", re.IGNORECASE)
 ATTENTION = re.compile(r"att(?:n|ention)", re.IGNORECASE)
@@ -35,6 +35,7 @@ class Profile:
         rms: Root mean square of the signal, shape (step, point).
         grad: L2 norm of the gradient, shape (step, point).
         grad_rms: The same per element.
+        reached: Whether a gradient was recorded there at all (zero counts, null does not), shape (step, point).
         cosine: Token cosine, shape (step, point).
     """
 
@@ -46,6 +47,7 @@ class Profile:
     rms: Floats
     grad: Floats
     grad_rms: Floats
+    reached: Bools
     cosine: Floats
 
     def names(self, point: int) -> tuple[str, ...]:
@@ -95,12 +97,13 @@ def _stream_profiles(view: View) -> list[Profile]:
         n = grid["n"][:, columns]
         n = np.where(n > 0, n, np.nan)
         signal, gradient = grid["out_sq"][:, columns], grid["grad_sq"][:, columns]
+        reached = grid.raw("grad_sq")[1][:, columns]
         cosine = grid["token_cosine"][:, columns]
         kind = kinds.get(name) or ("stream" if any(members) else "trunk")
         found.append(
             Profile(
                 name, kind, points, members, grid.steps,
-                np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), cosine,
+                np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), reached, cosine,
             )
         )  # fmt: skip
     return found
@@ -122,12 +125,13 @@ def _layer_profile(view: View) -> list[Profile]:
     n = grid["n"][:, columns]
     n = np.where(n > 0, n, np.nan)
     signal, gradient = grid["out_sq"][:, columns], grid["grad_out_sq"][:, columns]
+    reached = grid.raw("grad_out_sq")[1][:, columns]
     empty = np.full(signal.shape, np.nan)
     points = tuple(grid.names[i] for i in columns)
     return [
         Profile(
             "layers", "layers", points, ((),) * len(points), grid.steps,
-            np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), empty,
+            np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), reached, empty,
         )
     ]  # fmt: skip
 

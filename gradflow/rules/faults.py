@@ -35,6 +35,7 @@ class Fault:
         branches: Broken branches, likewise.
         points: Broken points of streams and trunks, likewise.
         parameters: Parameters with broken gradients, in order of the model.
+        before: The last layer that was still finite on the way to the first broken one, `""` if there is none.
         count: Non-finite elements at the first place, None where it was not counted.
         steps_broken: Sampled steps with any fault, and the sampled steps since the first.
         steps_since: Sampled steps from the first fault on.
@@ -50,6 +51,7 @@ class Fault:
     branches: tuple[str, ...]
     points: tuple[str, ...]
     parameters: tuple[str, ...]
+    before: str
     count: int | None
     steps_broken: int
     steps_since: int
@@ -117,6 +119,7 @@ def locate(view: View) -> Fault | None:
         branches=branches,
         points=points,
         parameters=_names(view, "parameters", update, at),
+        before=_before(view, layers, backwards=not ahead[at]),
         count=_count(view, at, layers, branches) if ahead[at] else None,
         steps_broken=int(broken[at:].sum()),
         steps_since=len(view.steps) - at,
@@ -160,6 +163,15 @@ def _direction(*, forward: bool, loss: bool, backward: dict[str, Bools], at: int
     if loss:
         return "loss"
     return "backward" if any(mask[at].any() for mask in backward.values()) else "update"
+
+
+def _before(view: View, layers: tuple[str, ...], *, backwards: bool) -> str:
+    """Neighbour of the first broken layer on the side that the values come from."""
+    names = view.grid("layers").names
+    if not layers:
+        return ""
+    at = names.index(layers[0]) + (1 if backwards else -1)
+    return names[at] if 0 <= at < len(names) else ""
 
 
 def _count(view: View, at: int, layers: tuple[str, ...], branches: tuple[str, ...]) -> int | None:

@@ -84,6 +84,8 @@ def _claim(fault: Fault, first: str) -> str:
         "loss": f"the loss became NaN or infinite at step {fault.step} while every recorded layer was finite",
         "update": f"the gradient or update of {first} became NaN or infinite at step {fault.step}",
     }[fault.direction]
+    if fault.before and not fault.inherited and fault.direction in {"forward", "backward"}:
+        began += f" (that of {fault.before}, right before it, was finite)"
     broken = max(0, len(fault.layers) - 1)
     spread = f"; {broken} more layers and {len(fault.branches)} branches were broken at that step" if broken else ""
     return f"{began[0].upper()}{began[1:]}{spread}."
@@ -116,6 +118,7 @@ def check(view: View) -> list[Finding]:
                 "threshold_from": "a finite computation has none",
                 "sampled_steps_broken": fault.steps_broken,
                 "sampled_steps_since": fault.steps_since,
+                "last_finite_layer": fault.before or None,
                 "consequences_layers": list(fault.layers[1:9]),
                 "consequences_branches": list(fault.branches[:8]),
                 "consequences_parameters": len(fault.parameters),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gradflow.rules import faults
+from gradflow.rules.texts import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,4 +52,9 @@ class Rule:
 
     def __call__(self, run: Run) -> list[Finding]:
         """Return this rule's findings for a run."""
-        return self.check(faults.view_of(run))
+        return self.judge(faults.view_of(run))
+
+    def judge(self, view: View) -> list[Finding]:
+        """Return its findings for a view; broken numbers in the run may overflow or divide by zero, and stay NaN."""
+        with np.errstate(all="ignore"):
+            return [plain(finding) for finding in self.check(view)]

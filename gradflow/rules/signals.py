@@ -53,15 +53,17 @@ def explosion(view: View) -> list[Finding]:
     """Find streams whose variance grows exponentially with depth, or keeps growing with time."""
     found = []
     for profile in profiles(view):
-        finding = _grows_with_depth(profile) or _grows_with_time(view, profile)
+        finding = _grows_with_depth(view, profile) or _grows_with_time(view, profile)
         if finding is not None:
             found.append(finding)
     return found
 
 
-def _grows_with_depth(profile: Profile) -> Finding | None:
+def _grows_with_depth(view: View, profile: Profile) -> Finding | None:
     logs = _log_variance(profile.rms)
-    points = np.flatnonzero(np.isfinite(logs).mean(axis=0) > 0)
+    points = np.flatnonzero(np.isfinite(logs).any(axis=0))
+    if profile.kind != "stream":
+        points = np.intersect1d(points, _weighted(view, profile))
     if len(points) < LEAST_DEPTH + 1:
         return None
     logs = logs[:, points]

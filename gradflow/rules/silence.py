@@ -66,7 +66,7 @@ def _overdue(view: View, ratio: Floats, index: int, branch: Branch | None, silen
     if (values == 0).all():
         return _without_gradient(view, index)
     grew = values[-1] > 2 * values[values > 0][0]
-    return not grew and not gated(view, branch)
+    return not grew and not _gated(view, branch)
 
 
 def _without_gradient(view: View, index: int) -> bool:
@@ -76,7 +76,7 @@ def _without_gradient(view: View, index: int) -> bool:
     return bool(len(gradient) and (gradient == 0).all())
 
 
-def gated(view: View, branch: Branch | None) -> bool:
+def _gated(view: View, branch: Branch | None) -> bool:
     """Whether the branch's block holds a small vector or scalar parameter: a gate that is still growing."""
     if branch is None:
         return False

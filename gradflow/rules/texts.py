@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from gradflow.records import Finding
 
 MOST_PLACES = 8
 """A finding names at most this many places; the evidence says how many there are."""
@@ -27,6 +33,14 @@ def unique(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))[:MOST_PLACES]
 
 
-def confidence(samples: int, least: int = 3) -> str:
-    """`"low"` where fewer than `least` sampled steps carry the finding."""
-    return "high" if samples >= least else "low"
+def plain(finding: Finding) -> Finding:
+    """The finding with evidence of plain JSON types only: NaN and infinity, which JSON lacks, become None."""
+    return replace(finding, evidence={key: _plain(value) for key, value in finding.evidence.items()})
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""What the optimizer makes of gradients: `update-too-large` and `-small`, `below-epsilon`, `gradient-underflow`."""
+"""`update-too-large` and `update-too-small`: steps against the size of weights, and what came of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from gradflow import theory
 from gradflow.records import Finding
 from gradflow.rules.registry import Rule, Threshold
-from gradflow.rules.texts import listed, number, unique
-from gradflow.rules.view import lasting, median, settled, spell, window
+from gradflow.rules.texts import number, unique
+from gradflow.rules.view import lasting, median, settled, spell
 
 if TYPE_CHECKING:
     from gradflow.rules.view import Bools, Floats, View
@@ -18,19 +18,17 @@ if TYPE_CHECKING:
 LARGE = Threshold(
     "update over weight, median over matrices", 0.1, "1", "healthy small models stay under 0.05 once warm"
 )
+EARLY = Threshold("the same at its largest in the first steps", 0.3, "1", "37 healthy runs stay under 0.06")
+BLOWN_UP = Threshold("growth of the weights since", 3.0, "1", "healthy weights grow up to 1.9 times")
 REPLACED = Threshold("update over weight of one matrix", 1.0, "1", "every step replaces the weights")
 SMALL = Threshold("update over weight, median over matrices", 1e-5, "1", "a per cent in a thousand aligned steps")
-EPSILON = Threshold("gradient RMS over the optimizer's eps", 1.0, "1", "Adam's step is halved where √v equals eps")
-UNDERFLOW = Threshold("exact zeros in a weight gradient", 0.5, "1", "dense weights have none unless units are dead")
-FP16_SMALLEST = 2.0**-24
-"""Smallest positive half-precision number, 6e-8: anything under half of it becomes 0."""
 WARM = 50
 """Steps before which updates are judged by nothing: warm-up, Adam's first steps."""
 ALIVE = 1e-3
 """Weight RMS under which a matrix counts as started at zero: its first updates exceed it by design."""
 
 
-def _matrices(view: View) -> Bools:
+def matrices_of(view: View) -> Bools:
     """Which parameters are trained matrices that did not start at zero; embeddings, rows of which rest, left out."""
     grid = view.grid("parameters")
     shapes = {p.name: p.shape for p in view.run.parameters if p.requires_grad}
@@ -45,7 +43,7 @@ def too_large(view: View) -> list[Finding]:
     grid = view.grid("parameters")
     if not len(grid.steps) or grid.steps[-1] < WARM:
         return []
-    matrices = _matrices(view)
+    matrices = matrices_of(view)
     ratio = grid["update_ratio"]
     late = grid.steps >= WARM
     known = np.isfinite(ratio) & late[:, None] & matrices
@@ -55,7 +53,7 @@ def too_large(view: View) -> list[Finding]:
     stuck = view.loss_fall is not None and view.loss_fall < 0.05
     everywhere = stuck and bool(lasting(large[:, None], (np.isfinite(typical) & late)[:, None])[0])
     if not everywhere and not len(replaced):
-        return []
+        return _blown_up(view, typical, matrices)
     now = settled(ratio)
     chosen = np.flatnonzero(matrices & (now > LARGE.value)) if everywhere else replaced
     chosen = chosen[np.argsort(-now[chosen], kind="stable")]
@@ -98,6 +96,48 @@ def too_large(view: View) -> list[Finding]:
     ]
 
 
+def _blown_up(view: View, typical: Floats, matrices: Bools) -> list[Finding]:
+    """Find first steps so long that the weights they left behind are several times as large as those that began."""
+    grid = view.grid("parameters")
+    weights = grid["weight_rms"][:, matrices]
+    early = typical[:4]
+    if not matrices.any() or not np.isfinite(early).any():
+        return []
+    growth = settled(weights) / weights[0]
+    grown = float(np.nanmedian(growth)) if np.isfinite(growth).any() else 1.0
+    largest = float(np.nanmax(early))
+    if largest < EARLY.value or grown < BLOWN_UP.value:
+        return []
+    names = np.array(grid.names)[matrices][np.argsort(-np.nan_to_num(growth), kind="stable")]
+    return [
+        Finding(
+            code="update-too-large",
+            severity="warning",
+            where=unique(names.tolist()),
+            steps=(int(grid.steps[0]), int(grid.steps[-1])),
+            claim=(
+                f"The first steps changed the median matrix by {number(largest)} of its size, and the weights have "
+                f"grown {number(grown)} times since: what initialisation gave them is gone."
+            ),
+            evidence={
+                "quantity": "update over weight, RMS, median over matrices, at its largest in the first steps",
+                "measured": largest,
+                "expected": _equilibrium(view),
+                "expected_from": "AdamW's equilibrium √(2·lr·λ·(1-β₁)/(1+β₁)), where the run has weight decay",
+                "threshold": EARLY.value,
+                "threshold_from": EARLY.origin,
+                "growth_of_weights": grown,
+                "loss_fall": view.loss_fall,
+                "sampled_steps": len(grid.steps),
+            },
+            why="Weights that large shrink every later step in proportion and saturate the rest (arXiv:2305.17212).",
+            remedy="Lower the learning rate by a factor of 10 to 100.",
+            remedy_2="Warm the learning rate up from zero over some hundred steps.",
+            confidence="high" if len(grid.steps) >= 5 else "low",
+        )
+    ]
+
+
 def _typical(ratio: Floats, matrices: Bools) -> Floats:
     """Median update ratio over the matrices at each step."""
     return median(ratio[:, matrices].T) if matrices.any() else np.full(len(ratio), np.nan)
@@ -116,7 +156,7 @@ def _equilibrium(view: View) -> float | None:
 def too_small(view: View) -> list[Finding]:
     """Find runs whose matrices hardly move while the loss does not fall."""
     grid = view.grid("parameters")
-    matrices = _matrices(view)
+    matrices = matrices_of(view)
     if not matrices.any() or grid.steps[-1] < 2 * WARM or view.loss_fall is None or view.loss_fall > 0.01:
         return []
     typical = _typical(grid["update_ratio"], matrices)
@@ -157,124 +197,15 @@ def too_small(view: View) -> list[Finding]:
     ]
 
 
-def below_epsilon(view: View) -> list[Finding]:
-    """Find Adam runs in which eps outweighs the gradient of most weights."""
-    eps = _adam_eps(view)
-    grid = view.grid("parameters")
-    matrices = _matrices(view)
-    loss = view.series("loss")
-    if eps is None or not matrices.any() or _learned(loss):
-        return []
-    rms = grid["grad_rms"]
-    known = np.isfinite(rms) & (rms > 0) & matrices
-    bad = lasting(known & (rms < EPSILON.value * eps), known)
-    size = np.nan_to_num(grid["n"].max(axis=0, initial=0.0, where=np.isfinite(grid["n"])))
-    share = float(size[bad].sum() / max(1.0, size[matrices].sum()))
-    if share <= 0.5 or known[window(len(rms))].any(axis=1).sum() < 3:
-        return []
-    names = [grid.names[i] for i in np.flatnonzero(bad)]
-    typical = float(np.nanmedian(settled(rms)[bad]))
-    return [
-        Finding(
-            code="below-epsilon",
-            severity="warning",
-            where=unique(names),
-            steps=(int(grid.steps[window(len(rms))][0]), int(grid.steps[-1])),
-            claim=(
-                f"The gradient of {share:.0%} of the matrices' weights has an RMS of {number(typical)}, under Adam's "
-                f"eps of {number(eps)}: their steps are a fraction of the learning rate."
-            ),
-            evidence={
-                "quantity": "gradient RMS of the matrices below eps, median",
-                "measured": typical,
-                "expected": f"well above eps = {eps:g}",
-                "expected_from": "Adam's step is lr·m/(√v + eps)",
-                "threshold": EPSILON.value * eps,
-                "threshold_from": EPSILON.origin,
-                "share_of_weights": share,
-                "sampled_steps": int(known.any(axis=1).sum()),
-            },
-            why="Adam loses its scale-free step there and becomes SGD with a tiny rate (Kingma & Ba 2015, section 2).",
-            remedy="Lower the optimizer's eps a thousandfold (1e-11), or sum the loss over fewer terms.",
-            remedy_2="Find what shrinks the gradient: a loss divided twice, or a vanishing-gradient finding.",
-            confidence="high",
-        )
-    ]
-
-
-def _learned(loss: Floats) -> bool:
-    """Whether the loss fell to a hundredth: small gradients are then what success looks like."""
-    loss = loss[np.isfinite(loss)]
-    return len(loss) >= 4 and float(np.median(loss[-3:])) < 0.01 * float(np.max(loss[:3]))
-
-
-def _adam_eps(view: View) -> float | None:
-    for optimizer in view.run.meta.get("optimizers") or []:
-        for group in optimizer.get("groups", []):
-            if "adam" in str(optimizer.get("class")).lower() and group.get("eps"):
-                return float(group["eps"])
-    return None
-
-
-def underflow(view: View) -> list[Finding]:
-    """Find half-precision runs without loss scaling whose weight gradients are mostly exact zeros."""
-    precision = str(view.run.meta.get("precision") or "")
-    halves = {p.name for p in view.run.parameters if p.dtype.endswith("float16") and "bfloat16" not in p.dtype}
-    if ("16" not in precision or "bf16" in precision) and not halves:
-        return []
-    grid = view.grid("parameters")
-    matrices = _matrices(view)
-    n = np.where(grid["n"] > 0, grid["n"], np.nan)
-    zeros, largest = grid["grad_zeros"] / n, grid["grad_max"]
-    known = np.isfinite(zeros) & np.isfinite(largest) & matrices
-    bad = lasting(known & (zeros > UNDERFLOW.value) & (largest < 1000 * FP16_SMALLEST), known)
-    if not bad.any():
-        return []
-    now = settled(zeros)
-    found = np.flatnonzero(bad)
-    found = found[np.argsort(-now[found], kind="stable")]
-    names = [grid.names[i] for i in found]
-    scale = view.series("loss_scale")
-    return [
-        Finding(
-            code="gradient-underflow",
-            severity="error" if 2 * len(found) > matrices.sum() else "warning",
-            where=unique(names),
-            steps=(int(grid.steps[window(len(zeros))][0]), int(grid.steps[-1])),
-            claim=(
-                f"{now[found[0]]:.0%} of the gradient of {names[0]} is exactly zero in half precision"
-                f"{f', and likewise in {listed(names[1:])}' if len(names) > 1 else ''}: it is smaller than float16 "
-                "can hold."
-            ),
-            evidence={
-                "quantity": "share of exact zeros in a weight's gradient",
-                "measured": float(now[found[0]]),
-                "expected": 0.0,
-                "expected_from": "a dense weight's gradient in float32",
-                "threshold": UNDERFLOW.value,
-                "threshold_from": UNDERFLOW.origin,
-                "largest_gradient": float(settled(largest)[found[0]]),
-                "smallest_float16": FP16_SMALLEST,
-                "loss_scale": float(median(scale)) if np.isfinite(scale).any() else None,
-                "parameters": len(names),
-            },
-            why="Weights whose gradient rounds to zero do not train (Micikevicius et al. 2018, arXiv:1710.03740).",
-            remedy="Scale the loss with torch.amp.GradScaler (precision='16-mixed' in Lightning).",
-            remedy_2="Use bf16, which has float32's range.",
-            confidence="high",
-        )
-    ]
-
-
 TOO_LARGE: Rule = Rule(
     code="update-too-large",
     says="steps are too long for the weights",
     severities=("error", "warning"),
     criterion=(
         "From step 50 on: a matrix that changes by its own size at every step; or a median matrix above the threshold "
-        "while the loss does not fall by 5 %."
+        "while the loss does not fall by 5 %; or first steps above the early threshold after which weights blew up."
     ),
-    thresholds=(LARGE, REPLACED),
+    thresholds=(LARGE, REPLACED, EARLY, BLOWN_UP),
     source="Kosson et al. 2023, arXiv:2305.17212",
     check=too_large,
 )
@@ -286,25 +217,4 @@ TOO_SMALL: Rule = Rule(
     thresholds=(SMALL,),
     source="Karpathy, A Recipe for Training Neural Networks, 2019",
     check=too_small,
-)
-BELOW_EPSILON: Rule = Rule(
-    code="below-epsilon",
-    says="Adam's epsilon swallows the update",
-    severities=("warning",),
-    criterion="Gradient RMS under eps for over half of the matrices' weights, unless the loss fell to a hundredth.",
-    thresholds=(EPSILON,),
-    source="Kingma & Ba 2015, arXiv:1412.6980",
-    check=below_epsilon,
-)
-UNDERFLOWS: Rule = Rule(
-    code="gradient-underflow",
-    says="gradients vanish in half precision",
-    severities=("error", "warning"),
-    criterion=(
-        "In float16 (not bfloat16), over half of a matrix's gradient exactly zero and the largest element within a "
-        "thousand of float16's smallest number."
-    ),
-    thresholds=(UNDERFLOW,),
-    source="Micikevicius et al. 2018, Mixed Precision Training, arXiv:1710.03740",
-    check=underflow,
 )

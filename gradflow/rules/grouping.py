@@ -1,0 +1,56 @@
+"""Findings under their root cause: what follows from another finding of the same run is told there, not beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradflow.records import Finding
+
+ROOTS: dict[str, tuple[str, ...]] = {
+    "dead-units": ("rank-collapse", "signal-collapse", "vanishing-gradient"),
+    "frozen-parameter": (
+        "gradient-underflow",
+        "below-epsilon",
+        "update-too-small",
+        "vanishing-gradient",
+        "signal-collapse",
+    ),
+    "update-too-small": ("gradient-underflow", "below-epsilon", "vanishing-gradient", "signal-collapse"),
+    "below-epsilon": ("vanishing-gradient", "signal-collapse"),
+    "massive-activation": ("signal-explosion",),
+    "inert-depth": ("silent-branch",),
+}
+"""Which findings a code can be a consequence of, the likeliest first."""
+ALIKE_DEAD = 0.8
+"""Where all inputs look alike, about half of a ReLU layer's units are off on every one of them, by nature."""
+
+
+def grouped(findings: Sequence[Finding]) -> list[Finding]:
+    """Move every finding that follows from a more basic one into that one's evidence, under `"consequences"`."""
+    serious = {finding.code: finding for finding in findings if finding.severity != "info"}
+    kept, told = [], dict[str, list[str]]()
+    for finding in findings:
+        root = next((code for code in ROOTS.get(finding.code, ()) if code in serious), None)
+        if root is None or not _follows(finding):
+            kept.append(finding)
+        else:
+            told.setdefault(root, []).append(f"{finding.code}: {finding.claim}")
+    first = {finding.code: i for i, finding in reversed(list(enumerate(kept)))}
+    for code, claims in told.items():
+        if code in first:
+            root_finding = kept[first[code]]
+            kept[first[code]] = replace(root_finding, evidence={**root_finding.evidence, "consequences": claims})
+    return kept
+
+
+def _follows(finding: Finding) -> bool:
+    """Whether a finding may be a consequence: not one that has a cause of its own written in its evidence."""
+    if finding.code == "dead-units":
+        return bool(finding.evidence["measured"] < ALIKE_DEAD)
+    if finding.code == "frozen-parameter":
+        return bool(finding.evidence["cause"] == "update")
+    return True

@@ -1,0 +1,404 @@
+"""Rules: silent on healthy runs, right about sick ones, never broken by broken numbers."""
+
+import dataclasses
+import functools
+import json
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import rule_runs
+import runs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradflow import schema
+from gradflow.records import Finding
+from gradflow.rules import RULES, diagnose, faults, grouping
+from gradflow.rules.view import Grid, View, lasting, median, settled, spell, window
+from gradflow.store import Run
+
+QUICK_HEALTHY = ["mlp-he-sgd", "mlp-tanh", "mlp-overfit", "rezero", "lora", "experts", "three-steps", "torch-encoder-pre"]
+QUICK_SICK = [
+    "sigmoid-mlp", "default-mlp-12-wide", "large-init-mlp", "unnormalised", "two-zeros", "one-silent", "gate-not-trained",
+    "log-of-negative", "log-from-step-40", "root-of-zero", "nan-in-batch", "loss-of-log", "detached-branch",
+    "detached-mlp", "dead-bias", "saturated-tanh", "spike", "forgotten-parameters", "dominant", "half-precision",
+]  # fmt: skip
+slow = pytest.mark.slow
+
+
+@functools.cache
+def healthy(name):
+    return rule_runs.HEALTHY[name]()
+
+
+@functools.cache
+def sick(name):
+    return rule_runs.SICK[name][1]()
+
+
+def alarms(run):
+    return [finding for finding in diagnose(run) if finding.severity != "info"]
+
+
+def split(names, quick):
+    return [name if name in quick else pytest.param(name, marks=slow) for name in names]
+
+
+# --- real trainings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", split(rule_runs.HEALTHY, QUICK_HEALTHY))
+def test_healthy_training_raises_no_alarm(name):
+    assert alarms(healthy(name)) == []
+
+
+@pytest.mark.parametrize("name", split(rule_runs.SICK, QUICK_SICK))
+def test_sick_training_is_found_at_the_right_place(name):
+    found = alarms(sick(name))
+    for code, word in rule_runs.SICK[name][0].items():
+        places = [place for finding in found if finding.code == code for place in finding.where]
+        assert any(word in place for place in places), (code, word, [(f.code, f.where) for f in found])
+
+
+@pytest.mark.parametrize("name", split(rule_runs.SICK, QUICK_SICK))
+def test_sick_training_gets_no_finding_that_is_not_known_to_be_true(name):
+    expected = set(rule_runs.SICK[name][0]) | rule_runs.ALSO_TRUE.get(name, set())
+    assert {finding.code for finding in alarms(sick(name))} <= expected
+
+
+@pytest.mark.parametrize("name", ["two-zeros", "log-from-step-40", "spike", "dead-bias"])
+def test_findings_are_complete_and_plain(name):
+    for finding in diagnose(sick(name)):
+        assert finding.where
+        assert finding.steps[0] <= finding.steps[1]
+        for text in (finding.claim, finding.why, finding.remedy, finding.remedy_2):
+            assert text.endswith((".", "%")), text
+            assert "nan" not in text.split()
+        assert {"measured", "expected", "threshold", "threshold_from"} <= set(finding.evidence)
+        json.dumps(finding.evidence, allow_nan=False)
+        assert finding.severity in RULES[finding.code].severities
+
+
+def test_nan_is_dated_to_the_step_and_the_layer_in_which_it_appeared():
+    (finding,) = alarms(sick("log-from-step-40"))
+    assert finding.code == "nonfinite"
+    assert finding.steps[0] == 40
+    assert finding.where[0] == "blocks.3.norm"
+    assert finding.evidence["last_finite_layer"] == "blocks.2.down"
+    assert len(finding.evidence["consequences_layers"]) > 3
+
+
+def test_nan_that_appears_backwards_is_traced_to_where_it_entered():
+    (finding,) = alarms(sick("root-of-zero"))
+    assert finding.evidence["direction"] == "backward"
+    assert finding.where[0] == "blocks.2.down"
+
+
+def test_spike_is_dated():
+    (finding,) = alarms(sick("spike"))
+    assert finding.steps == (60, 60)
+
+
+def test_silent_branches_hold_their_unmoved_parameters_as_one_finding():
+    assert [finding.code for finding in alarms(sick("two-zeros"))] == ["silent-branch"]
+
+
+# --- made-up runs -----------------------------------------------------------------------------------------------------
+
+
+def with_column(run, name, column, change):
+    """The run with one raw column changed by `change(values of shape (step, thing), steps)`."""
+    table = run.table(name).select([c.name for c in schema.TABLES[name]])
+    steps = np.unique(table["step"].to_numpy())
+    values = table[column].cast(pa.float64()).to_numpy().copy()
+    values = change(values.reshape(len(steps), -1), steps[:, None]).reshape(-1)
+    index = table.column_names.index(column)
+    kind = table.schema.field(column).type
+    array = pa.array(values, pa.float64(), mask=np.isnan(values)) if kind != pa.float64() else pa.array(values)
+    tables = {t: run.table(t).select([c.name for c in schema.TABLES[t]]) for t in schema.TABLES}
+    return Run(run.meta, {**tables, name: table.set_column(index, column, array.cast(kind))})
+
+
+def codes(run):
+    return [finding.code for finding in alarms(run)]
+
+
+@pytest.mark.parametrize("make", [runs.prenorm, runs.postnorm, runs.many, runs.hostile])
+def test_made_up_healthy_runs_are_silent(make):
+    assert codes(make()) == []
+
+
+def test_empty_run_and_run_without_tables_have_no_findings():
+    assert diagnose(runs.empty()) == []
+    assert diagnose(Run({})) == []
+
+
+def test_unnormalised_doubling_is_named_by_its_signature():
+    (finding,) = alarms(runs.exploding())
+    assert finding.code == "signal-explosion"
+    assert "doubling" in finding.claim
+    assert finding.evidence["measured"] == pytest.approx(np.log(2), abs=0.1)
+
+
+def test_prenorm_gradient_growth_of_theory_is_no_explosion_and_ten_thousandfold_is():
+    def blow(values, steps):
+        return values * np.geomspace(1e10, 1, values.shape[1])
+
+    assert codes(runs.prenorm()) == []
+    assert codes(with_column(runs.prenorm(), "streams", "grad_sq", blow)) == ["exploding-gradient"]
+
+
+def test_vanishing_gradient_needs_to_last():
+    def early(values, steps):
+        return np.where(steps < 200, values * np.geomspace(1e-12, 1, values.shape[1]), values)
+
+    def always(values, steps):
+        return values * np.geomspace(1e-12, 1, values.shape[1])
+
+    assert codes(with_column(runs.prenorm(), "streams", "grad_sq", early)) == []
+    (finding,) = alarms(with_column(runs.prenorm(), "streams", "grad_sq", always))
+    assert finding.code == "vanishing-gradient"
+    assert finding.severity == "error"
+
+
+def test_a_single_join_that_loses_the_gradient_is_the_place():
+    def cut(values, steps):
+        values = values.copy()
+        values[:, :10] *= 1e-9
+        return values
+
+    (finding,) = alarms(with_column(runs.prenorm(), "streams", "grad_sq", cut))
+    assert finding.where == ("blocks.4.mlp",)  # the join behind point 9 is the tenth: block 4's second
+
+
+def test_postnorm_attention_over_aligned_tokens_may_lose_what_theory_says():
+    def theirs(values, steps):  # 24 joins at token cosine 1: half of them attention, each keeps 1/√2
+        return values * np.geomspace(2.0**-12, 1, values.shape[1])
+
+    run = with_column(runs.postnorm(), "streams", "token_cosine", lambda v, s: np.full_like(v, 0.98))
+    assert codes(with_column(run, "streams", "grad_sq", theirs)) == []
+    plain = with_column(runs.postnorm(), "streams", "token_cosine", lambda v, s: np.full_like(v, 0.0))
+    assert codes(with_column(plain, "streams", "grad_sq", lambda v, s: theirs(v, s) ** 1.0 * np.geomspace(1e-3, 1, v.shape[1]))) == [
+        "vanishing-gradient"
+    ]
+
+
+def test_tokens_that_come_in_alike_are_no_collapse():
+    same = with_column(runs.postnorm(), "streams", "token_cosine", lambda v, s: np.full_like(v, 0.9995))
+    assert codes(same) == []
+
+
+def test_collapse_in_training_must_last_five_hundred_steps_with_gradient_and_loss_stuck():
+    def collapsed(values, steps):
+        return np.where((steps > 100) & (np.arange(values.shape[1]) > 8), 0.9999, 0.3)
+
+    def stuck(run):
+        run = with_column(run, "streams", "grad_sq", lambda v, s: np.where(s > 100, v * np.geomspace(1e-3, 1, v.shape[1]), v))
+        return with_column(run, "steps", "loss", lambda v, s: np.where(s > 100, 3.0, 4.0))
+
+    long = with_column(runs.postnorm(last=1000), "streams", "token_cosine", collapsed)
+    assert "rank-collapse" in codes(stuck(long))
+    short = with_column(runs.postnorm(last=400), "streams", "token_cosine", collapsed)
+    assert "rank-collapse" not in codes(stuck(short))
+    falling = with_column(stuck(long), "steps", "loss", lambda v, s: 4.0 - s / 400)
+    assert "rank-collapse" not in codes(falling)
+
+
+def test_a_branch_that_falls_silent_is_found_with_the_step_since_when():
+    def fade(values, steps):
+        values = values.copy()
+        values[:, 7] = np.where(steps[:, 0] >= 300, 1e-9 * values[:, 7], values[:, 7])
+        return values
+
+    (finding,) = alarms(with_column(runs.prenorm(), "branches", "branch_sq", fade))
+    assert finding.code == "silent-branch"
+    assert finding.where == ("blocks.3.mlp",)
+    assert finding.steps == (300, 1000)
+
+
+@pytest.mark.parametrize(("last", "found"), [(600, False), (1000, True)])
+def test_a_gated_branch_has_a_thousand_steps(last, found):
+    run = with_column(runs.prenorm(last=last), "branches", "branch_sq", lambda v, s: v * 1e-10 * (1 + 9 * s / last))
+    assert ("silent-branch" in codes(run)) is found
+
+
+def test_scaler_overflows_that_are_skipped_are_no_fault():
+    def overflow(values, steps):
+        return np.where(steps <= 1, np.inf, values)
+
+    run = with_column(runs.prenorm(), "steps", "loss_scale", lambda v, s: np.full_like(v, 65536.0))
+    assert codes(with_column(run, "parameters", "grad_sq", overflow)) == []
+    unscaled = with_column(runs.prenorm(), "parameters", "grad_sq", overflow)
+    assert codes(unscaled) == ["nonfinite"]
+
+
+def test_masks_of_infinities_that_do_no_harm_are_a_note():
+    def mask(values, steps):
+        values = values.copy()
+        values[:, 3] = 100
+        return values
+
+    found = diagnose(with_column(runs.prenorm(), "layers", "nonfinite", mask))
+    assert [(finding.code, finding.severity) for finding in found] == [("nonfinite", "info")]
+
+
+def test_what_comes_after_the_first_nan_is_not_judged():
+    def broken(values, steps):
+        return np.where(steps >= 500, np.nan, values)
+
+    def wild(values, steps):
+        return np.where(steps >= 550, values * 1e-12, values)
+
+    run = with_column(runs.prenorm(), "branches", "branch_sq", wild)
+    assert codes(run) == ["silent-branch"]
+    assert codes(with_column(run, "steps", "loss", broken)) == ["nonfinite"]
+
+
+def test_global_norm_that_outgrows_its_past_while_the_loss_rises_is_an_explosion():
+    grown = with_column(runs.prenorm(), "steps", "grad_norm", lambda v, s: np.where(s >= 800, 1e4 * v, v))
+    rising = with_column(grown, "steps", "loss", lambda v, s: np.where(s >= 800, 9.0, v))
+    assert codes(grown) == []
+    (finding,) = alarms(rising)
+    assert (finding.code, finding.steps) == ("exploding-gradient", (800, 1000))
+
+
+def attention(entropy, logit, layers=4, last=300):
+    steps = runs.cadence(last)
+    rows = len(steps) * layers
+    shape = (len(steps), layers)
+    table = runs.table(
+        "attention", rows, step=np.repeat(steps, layers), layer=[f"layers.{i}.attn" for i in range(layers)] * len(steps),
+        entropy=np.broadcast_to(entropy, shape).reshape(-1), logit_max=np.broadcast_to(logit, shape).reshape(-1),
+        keys=np.full(rows, 64.0),
+    )  # fmt: skip
+    return Run({}, {"attention": table})
+
+
+def test_attention_rules_find_one_hot_heads_and_runaway_logits():
+    assert codes(attention(2.0, 5.0)) == []
+    assert codes(attention([[2.0, 2.0, 0.1, 2.0]], 5.0)) == []  # one layer, small logits: a previous-token head
+    (finding,) = alarms(attention([[2.0, 2.0, 0.1, 2.0]], [[5.0, 5.0, 40.0, 5.0]]))
+    assert (finding.code, finding.where) == ("attention-entropy-collapse", ("layers.2.attn",))
+    steps = runs.cadence(300)[:, None]
+    growing = attention(2.0, 5.0 + steps * np.array([[0.0, 1.0, 0.0, 0.0]]))
+    assert [(f.code, f.where) for f in alarms(growing)] == [("attention-logit-growth", ("layers.1.attn",))]
+    absurd = alarms(attention(2.0, 2e4))
+    assert [(f.code, f.severity) for f in absurd] == [("attention-logit-growth", "error")]
+
+
+# --- broken numbers ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1), maker=st.sampled_from(["prenorm", "postnorm", "trunk"]))
+def test_no_null_nan_infinity_or_missing_table_breaks_a_rule(seed, share, maker):
+    random = np.random.default_rng(seed)
+    run = getattr(runs, maker)(blocks=3, last=int(random.choice([0, 1, 4, 200])))
+    tables = {}
+    for name, columns in schema.TABLES.items():
+        table = run.table(name).select([column.name for column in columns])
+        if random.random() < 0.15:
+            continue
+        for i, column in enumerate(columns):
+            if column.type != "string" and column.merge != "key" and column.name != "rank" and random.random() < 0.7:
+                values = table[column.name].cast(pa.float64()).to_numpy().copy()
+                hit = random.random(len(values)) < share
+                values[hit] = random.choice([np.nan, np.inf, -np.inf, 0.0, 1e300, -1.0], hit.sum())
+                mask = random.random(len(values)) < share * random.random()
+                if column.type == "int64":
+                    values = np.nan_to_num(np.clip(values, -(2**53), 2**53))
+                table = table.set_column(i, column.name, pa.array(values, pa.float64(), mask=mask).cast(table.schema.field(i).type))
+        rows = np.flatnonzero(random.random(len(table)) < (1.0 if random.random() < 0.5 else 0.6))
+        tables[name] = table.take(pa.array(rows, pa.int64()))
+    meta = run.meta if random.random() < 0.7 else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = diagnose(Run(meta, tables))
+        for rule in RULES.values():
+            rule(Run(meta, tables))
+    for finding in found:
+        json.dumps(dataclasses.asdict(finding), allow_nan=False)
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_rule_says_what_it_checks_and_where_its_numbers_come_from():
+    assert len(RULES) == 21
+    for code, rule in RULES.items():
+        assert rule.code == code
+        assert rule.says
+        assert rule.criterion.endswith(".")
+        assert rule.source
+        assert rule.severities
+        assert rule.thresholds
+        for threshold in rule.thresholds:
+            assert threshold.origin
+
+
+def test_findings_come_worst_first_then_earliest():
+    found = diagnose(sick("unnormalised"))
+    order = {"error": 0, "warning": 1, "info": 2}
+    keys = [(order[f.severity], f.steps[0]) for f in found]
+    assert keys == sorted(keys)
+
+
+def test_grid_places_every_row_of_a_table():
+    run = runs.prenorm(blocks=2, last=100)
+    table = run.table("streams")
+    grid = Grid(table, ("stream", "point"), None)
+    for row in table.to_pylist():
+        s = grid.steps.tolist().index(row["step"])
+        k = grid.keys.index((row["stream"], row["point"]))
+        assert grid.present[s, k]
+        assert grid["out_sq"][s, k] == pytest.approx(row["out_sq"])
+    assert grid.present.sum() == len(table)
+    assert View(Run({})).grid("attention")["entropy"].shape == (0, 0)
+
+
+def test_grid_stops_at_the_step_of_a_fault():
+    run = runs.broken()
+    view = faults.view_of(run)
+    assert view.fault is not None
+    assert view.steps[-1] == view.fault.step == view.grid("steps").steps[-1]
+
+
+def test_windows_medians_and_spells():
+    assert window(30) == slice(20, 30)
+    assert window(2) == slice(0, 2)
+    values = np.array([[1.0, np.nan], [3.0, np.nan], [5.0, np.nan]])
+    assert median(values)[0] == 3.0
+    assert np.isnan(settled(values)[1])
+    mask = np.array([True, False, True, True, True])
+    known = np.array([True, True, True, False, True])
+    steps = np.array([0, 1, 2, 4, 8])
+    assert spell(mask, known, steps) == (2, 8)
+    assert lasting(mask[:, None], known[:, None])[0]
+    assert not lasting(~mask[:, None], known[:, None])[0]
+    assert not lasting(mask[:, None], np.zeros((5, 1), dtype=bool))[0]
+
+
+def test_consequences_move_into_their_root():
+    def make(code, **evidence):
+        return Finding(code, "warning", ("x",), (0, 1), f"{code}.", evidence, "", "")
+
+    root, dead = make("rank-collapse"), make("dead-units", measured=0.5)
+    (kept,) = grouping.grouped([dead, root])
+    assert kept.code == "rank-collapse"
+    assert kept.evidence["consequences"] == ["dead-units: dead-units."]
+    worse = make("dead-units", measured=0.95)
+    assert len(grouping.grouped([worse, root])) == 2
+    assert grouping.grouped([dead]) == [dead]
+
+
+def test_a_thousand_branches_over_two_thousand_steps_are_judged_in_seconds():
+    run = runs.prenorm(blocks=500, steps=np.arange(500) * 50)
+    for name in ("branches", "streams", "layers", "parameters"):
+        run.table(name)
+    import time
+
+    start = time.perf_counter()
+    diagnose(run)
+    assert time.perf_counter() - start < 10
