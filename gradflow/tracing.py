@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gradflow.attachment import Attachment
 from gradflow.modules import module_paths, names_by_identity
 from gradflow.modules import tensors_in as tensors_in
 from gradflow.operations import Operation, operation
@@ -19,13 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import TracebackType
 
-    from torch.utils.hooks import RemovableHandle
-
 _DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute"})
 _BACKWARD = frozenset({"backward", "grad"})
 _current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
+_Pending = tuple[Operation, tuple[int, ...], "tuple[_Args, _Kwargs, Any] | None"]
 
 
 class Observer(Protocol):
@@ -58,6 +58,9 @@ class Observer(Protocol):
     def backward_done(self, name: str) -> None:
         """Run when that backward pass is over, unless it raised."""
 
+    def fault(self, error: Exception) -> None:
+        """Run when the trace itself failed: the model's own operations go on, nothing more is traced."""
+
 
 @dataclass(slots=True)
 class _Frame:
@@ -86,7 +89,8 @@ class Tracer(TorchFunctionMode):
         self.model = model
         self.observer = observer
         self._watches = observer.watches if observer is not None else frozenset()
-        self._handles: list[RemovableHandle] = []
+        self._attachment = Attachment(self, self._enter_call, self._exit_call)
+        self._failed = False
         self._names: dict[int, tuple[str, bool]] = {}
         self.clear()
 
@@ -99,40 +103,23 @@ class Tracer(TorchFunctionMode):
     # ---------------------------------------------------------------- opening and closing
 
     def __enter__(self) -> Tracer:  # noqa: PYI034
-        try:
-            self._names = self._register.names = names_by_identity(self.model)
-            for module, path in module_paths(self.model).items():
-                self._hook(module, path)
-            super().__enter__()
-        except BaseException:
-            self._unhook()
-            raise
+        self._names = self._register.names = names_by_identity(self.model)
+        self._attachment.open(module_paths(self.model))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            super().__exit__(kind, value, trace)
-        finally:
-            self._unhook()
-            self._leave(0)
+        self._attachment.close()
+        self._leave(0)
 
-    def _hook(self, module: nn.Module, path: str) -> None:
-        def entered(module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
-            if _current_backward() == -1:
-                self._enter_call(path, module, args, kwargs)
-
-        def exited(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            if _current_backward() == -1:
-                self._exit_call(path, module, output)
-
-        self._handles.append(module.register_forward_pre_hook(entered, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(exited, with_kwargs=True, always_call=True))
-
-    def _unhook(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def _fault(self, error: Exception) -> None:
+        """Our own bookkeeping failed: whoever observes a training hears of it, and the training goes on."""
+        if self.observer is None:
+            raise error
+        self._failed = True
+        self.clear()
+        self.observer.fault(error)
 
     # ---------------------------------------------------------------- what the trace knows
 
@@ -180,6 +167,14 @@ class Tracer(TorchFunctionMode):
     # ---------------------------------------------------------------- module calls
 
     def _enter_call(self, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
+        if self._failed or _current_backward() != -1:
+            return
+        try:
+            self._begin_call(path, module, args, kwargs)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the model's forward goes on)
+            self._fault(error)
+
+    def _begin_call(self, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         register, stack = self._register, self._stack
         with torch._C.DisableTorchFunction():  # noqa: SLF001
             inputs = []
@@ -201,6 +196,14 @@ class Tracer(TorchFunctionMode):
             self.observer.entered(frame.index, path, module, args, kwargs)
 
     def _exit_call(self, path: str, module: nn.Module, output: Any) -> None:
+        if self._failed or _current_backward() != -1:
+            return
+        try:
+            self._end_call(path, module, output)
+        except Exception as error:  # noqa: BLE001
+            self._fault(error)
+
+    def _end_call(self, path: str, module: nn.Module, output: Any) -> None:
         position = next((i for i in range(len(self._stack) - 1, -1, -1) if self._stack[i].path == path), None)
         if position is None:  # the mode was opened, or the pass taken, inside this forward
             return
@@ -239,39 +242,48 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         """Run one operation and put it into the graph (runs at every operation)."""
         kwargs = kwargs or {}
-        what = operation(func)
-        if what.unseen or _current_backward() != -1:
-            return func(*args, **kwargs)
-        if what.name in _BACKWARD:
-            return self._backward(what.name, func, args, kwargs)
-        parents = () if what.factory else self._parents(what, args, kwargs)
-        if what.name in self._watches and self.observer is not None:
-            return self._watched(self.observer, what, func, args, kwargs, parents)
-        out = func(*args, **kwargs)
-        self._record(what, parents, args, kwargs, out)
+        pending = self._before(func, args, kwargs)
+        out = func(*args, **kwargs)  # once, whatever happens to us; what it raises is the model's own
+        if pending is not None:
+            self._after(pending, func, args, kwargs, out)
         return out
 
-    def _backward(self, name: str, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
-        if self.observer is None:
-            return func(*args, **kwargs)
-        self.observer.backward(name, args)
-        out = func(*args, **kwargs)
-        self.observer.backward_done(name)
-        return out
+    def _before(self, func: Any, args: _Args, kwargs: _Kwargs) -> _Pending | None:
+        """What must be known before an operation runs; None if it is not traced."""
+        try:
+            what = operation(func)
+            if what.unseen or self._failed or _current_backward() != -1:
+                return None
+            if what.name in _BACKWARD:
+                if self.observer is not None:
+                    self.observer.backward(what.name, args)
+                return what, (), None
+            parents = () if what.factory else self._parents(what, args, kwargs)
+            if what.name not in self._watches or self.observer is None:
+                return what, parents, None
+            node_of = self._register.node_of
+            ordered, rest = _ordered(what, args, kwargs)
+            operands = tuple(node_of(value) if isinstance(value, Tensor) else None for value in ordered)
+            token = self.observer.before(what.name, func, ordered, rest, operands)
+        except Exception as error:  # noqa: BLE001
+            self._fault(error)
+            return None
+        return what, parents, (ordered, rest, token)
 
-    def _watched(
-        self, observer: Observer, what: Operation, func: Any, args: _Args, kwargs: _Kwargs, parents: tuple[int, ...]
-    ) -> Any:
-        """Run an operation between the observer's `before` and `after`."""
-        node_of = self._register.node_of
-        ordered, rest = _ordered(what, args, kwargs)
-        operands = tuple(node_of(value) if isinstance(value, Tensor) else None for value in ordered)
-        token = observer.before(what.name, func, ordered, rest, operands)
-        out = func(*args, **kwargs)
-        node = self._record(what, parents, args, kwargs, out)
-        if node is not None and isinstance(out, Tensor):
-            observer.after(node, what.name, func, ordered, rest, out, token)
-        return out
+    def _after(self, pending: _Pending, func: Any, args: _Args, kwargs: _Kwargs, out: Any) -> None:
+        """Put an operation that has run into the graph."""
+        what, parents, watched = pending
+        try:
+            if what.name in _BACKWARD:
+                if self.observer is not None:
+                    self.observer.backward_done(what.name)
+                return
+            node = self._record(what, parents, args, kwargs, out)
+            if watched is not None and node is not None and isinstance(out, Tensor) and self.observer is not None:
+                ordered, rest, token = watched
+                self.observer.after(node, what.name, func, ordered, rest, out, token)
+        except Exception as error:  # noqa: BLE001
+            self._fault(error)
 
     def _parents(self, what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[int, ...]:
         """Nodes of the tensors among an operation's arguments."""

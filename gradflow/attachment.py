@@ -1,0 +1,152 @@
+"""How a tracer sits in a model: hooks on every module, a place in the stack of modes, and no trace of it afterwards.
+
+Three things keep training as it is. The mode lies below all others on the stack, so that a `with torch.device(...)` of
+the model's own may begin and end while ours is open. Hooks do not survive a copy or a pickle of the model. And what
+PyTorch would run on its fused inference path (an encoder of its own in eval mode, as a teacher), which any hook or mode
+switches off and which rounds differently, runs without hooks and mode.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import _pop_mode, _push_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.overrides import TorchFunctionMode
+    from torch.utils.hooks import RemovableHandle
+
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """What a hook of ours becomes in a copy of the model."""
+
+
+class _Hook:
+    """A forward hook or pre-hook that a copied or pickled model does not carry on."""
+
+    __slots__ = ("_path", "_use")
+
+    def __init__(self, use: Callable[..., None], path: str) -> None:
+        self._use = use
+        self._path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        self._use(self._path, module, *(output or (args, kwargs)))
+
+    def __reduce__(self) -> str:
+        return "_nothing"
+
+
+class Attachment:
+    """The hooks of one tracer on the modules of a model, and its mode on the stack, while it is open.
+
+    Args:
+        mode: The mode to keep on the stack.
+        entered: Called with path, module, arguments and keyword arguments when a module's forward begins.
+        exited: Called with path, module and output when it has ended, also by an exception (output None).
+    """
+
+    def __init__(
+        self, mode: TorchFunctionMode, entered: Callable[..., None], exited: Callable[..., None],
+    ) -> None:  # fmt: skip
+        self._mode = mode
+        self._entered = entered
+        self._exited = exited
+        self._handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
+        self._paths: Mapping[nn.Module, str] = {}
+        self._waiting: RemovableHandle | None = None
+
+    def open(self, paths: Mapping[nn.Module, str]) -> None:
+        """Place the hooks and the mode; if that fails, nothing stays."""
+        self._paths = paths
+        try:
+            for module in paths:
+                self._hook(module)
+            _push_below(self._mode)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take everything off again."""
+        if self._waiting is not None:
+            self._waiting.remove()
+            self._waiting = None
+        _take_off(self._mode)
+        for module in list(self._handles):
+            self._unhook(module)
+        self._paths = {}
+
+    def _hook(self, module: nn.Module) -> None:
+        path = self._paths[module]
+        before = module.register_forward_pre_hook(_Hook(self._before, path), with_kwargs=True)
+        after = module.register_forward_hook(_Hook(self._exited, path), with_kwargs=True, always_call=True)
+        self._handles[module] = (before, after)
+
+    def _unhook(self, module: nn.Module) -> None:
+        for handle in self._handles.pop(module, ()):
+            handle.remove()
+
+    def _before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._entered(path, module, args, kwargs)
+        if isinstance(module, _FUSED) and self._waiting is None and may_fuse(module, args, kwargs):
+            self._stand_aside(path, module)
+
+    def _stand_aside(self, path: str, fused: nn.Module) -> None:
+        """No hook in `fused` and no mode until its forward ends; a global hook, which it does not look at, waits."""
+        inside = [module for module in fused.modules() if module in self._handles]
+
+        def back(module: nn.Module, _args: Any, output: Any) -> None:
+            if module is not fused or self._waiting is None:
+                return
+            self._waiting.remove()
+            self._waiting = None
+            _push_below(self._mode)
+            for each in inside:
+                self._hook(each)
+            self._exited(path, module, output)
+
+        for module in inside:
+            self._unhook(module)
+        _take_off(self._mode)
+        self._waiting = register_module_forward_hook(back, always_call=True)
+
+
+def may_fuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether PyTorch may run an encoder or attention module on its fused inference path (eval mode, no gradient)."""
+    if all(m.training for m in module.modules() if isinstance(m, _FUSED)):
+        return False
+    if torch._C._len_torch_function_stack() > 1 or torch.is_autocast_enabled():  # noqa: SLF001
+        return False  # it is off anyway
+    if not torch.is_grad_enabled():
+        return True
+    tensors = (value for value in (*args, *kwargs.values(), *module.parameters()) if isinstance(value, Tensor))
+    return not any(tensor.requires_grad for tensor in tensors)
+
+
+def _push_below(mode: TorchFunctionMode) -> None:
+    """Put a mode under all others that are open."""
+    others = _popped()
+    _push_mode(mode)
+    for other in others:
+        _push_mode(other)
+
+
+def _take_off(mode: TorchFunctionMode) -> None:
+    """Take a mode off the stack, wherever it lies."""
+    for other in _popped():
+        if other is not mode:
+            _push_mode(other)
+
+
+def _popped() -> list[TorchFunctionMode]:
+    """Empty the stack; what was on it, bottom first."""
+    count = torch._C._len_torch_function_stack()  # noqa: SLF001
+    return [_pop_mode() for _ in range(count)][::-1]
