@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gradflow import callbacks
     from gradflow.discovery import find_branches
     from gradflow.errors import GradflowError
+    from gradflow.probing import probe
     from gradflow.recorder import Recorder
     from gradflow.records import Branch, Finding
     from gradflow.report import compare, report
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Branch", "Finding", "GradflowError", "Recorder", "Run",
-    "callbacks", "compare", "diagnose", "find_branches", "load", "report",
+    "callbacks", "compare", "diagnose", "find_branches", "load", "probe",
+    "report",
 ]  # fmt: skip
 _HOMES = {
     "Branch": "records", "Finding": "records", "GradflowError": "errors", "Recorder": "recorder", "Run": "store",
-    "compare": "report", "diagnose": "rules", "find_branches": "discovery", "load": "store", "report": "report",
+    "compare": "report", "diagnose": "rules", "find_branches": "discovery", "load": "store", "probe": "probing",
+    "report": "report",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from gradflow.parameter_taps import parameter_names
 from gradflow.records import Branch, Layer, Parameter, Problem, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch.optim import Optimizer
 
@@ -57,11 +58,15 @@ class Description:
         return {
             "run_id": self.run_id, "gradflow": __version__, "torch": torch.__version__,
             "model": type(model).__name__, "world_size": 1, "precision": "32-true", **self.info,
-            "branches": list(self.branches.values()), "streams": list(self.streams.values()),
-            "layers": list(self.layers.values()), "parameters": _parameters(model, optimizers),
+            "branches": _plainly(self.branches), "streams": _plainly(self.streams), "layers": _plainly(self.layers),
+            "parameters": [asdict(parameter) for parameter in _parameters(model, optimizers)],
             "optimizers": [_optimizer(optimizer) for optimizer in optimizers], "config": self.config,
-            "stopped": stopped, "problems": list(self.problems.values()),
+            "stopped": stopped, "problems": _plainly(self.problems),
         }  # fmt: skip
+
+
+def _plainly(records: Mapping[Any, Branch | Stream | Layer | Problem]) -> list[dict[str, Any]]:
+    return [asdict(record) for record in records.values()]
 
 
 def _parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Parameter]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Edge = tuple[Any, int]
 """An autograd node and the number of its output."""
-_WALK_LIMIT = 512
+_WALK_LIMIT = 2048
 
 
 @contextmanager
@@ -94,21 +94,25 @@ def inputs_reaching(node: Any, position: int, target: Edge) -> list[Edge] | None
     """Where the path that leaves autograd node `node` at input `position` arrives at `target`.
 
     Each result is a node and the number of its input that is `target`; the gradients sent there add up to what comes
-    back along the path. Empty if autograd does not follow the path (it is detached); None if it leads elsewhere.
+    back along the path. Empty if no gradient goes from one to the other; None if the graph is too large to tell.
     """
     if position >= len(node.next_functions) or len(node.next_functions) > 2:
         return None
     found: list[Edge] = []
     seen: set[Any] = set()
     queue: list[Edge] = [(node, position)]
-    while queue and len(seen) < _WALK_LIMIT:
+    # Nodes are numbered as they are made: older ones cannot lead to the target (a leaf has the largest number of all).
+    oldest = 0 if hasattr(target[0], "variable") else target[0]._sequence_nr()
+    while queue:
         holder, number = queue.pop()
         function, output = holder.next_functions[number]
         if function is None:
             continue
         if (function, output) == target:
             found.append((holder, number))
-        elif function not in seen:
+        elif function not in seen and function._sequence_nr() >= oldest:
             seen.add(function)
+            if len(seen) > _WALK_LIMIT:
+                return None
             queue.extend((function, i) for i in range(len(function.next_functions)))
-    return found if found or not seen else None
+    return found

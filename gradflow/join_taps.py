@@ -13,7 +13,7 @@ from gradflow import geometry, statistics
 from gradflow.hooks import Edge, Hooks, inputs_reaching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -80,7 +80,7 @@ class JoinTaps:
     # ------------------------------------------------------------------ while the pass runs
 
     def before(
-        self, operands: tuple[Tensor, Tensor], numbers: tuple[int, int], factor: float, nodes: list[Node], *,
+        self, operands: tuple[Tensor, Tensor], numbers: tuple[int, int], factor: float, nodes: Sequence[Node], *,
         inplace: bool, keep: bool, expand: bool,
     ) -> Sum:  # fmt: skip
         """Measure the operands of an addition x + factor·y that is about to run.
@@ -106,7 +106,7 @@ class JoinTaps:
         version = 0 if kept is None else kept._version  # noqa: SLF001
         return Term((entry.node, position), 1.0, square, sample, kept, version).scaled(scale)
 
-    def _expand(self, entry: Sum, numbers: tuple[int, int], nodes: list[Node]) -> None:
+    def _expand(self, entry: Sum, numbers: tuple[int, int], nodes: Sequence[Node]) -> None:
         """Take operands that are partial sums apart into the operands of those."""
         groups: list[list[Term]] = []
         for term, number in zip(entry.leaves, numbers, strict=True):
@@ -127,7 +127,7 @@ class JoinTaps:
         entry.leaves = leaves
         entry.terms.update({leaf.place: leaf for leaf in leaves})
 
-    def _partial(self, number: int, nodes: list[Node]) -> Sum | None:
+    def _partial(self, number: int, nodes: Sequence[Node]) -> Sum | None:
         """The measured sum that an operand is, looking through dropout, if nothing but this addition has used it."""
         node, chain = nodes[number], {number}
         while node.op in _SILENT and len(node.parents) == 1:
@@ -190,31 +190,53 @@ class JoinTaps:
 
 
 class JoinGradients:
-    """What comes back to one join: at its output, along the skip, and at the fork."""
+    """What comes back to one join: at its output, along the skip, at the fork, and through single branches."""
 
     def __init__(self, join: Join, buffer: Buffer, hooks: Hooks) -> None:
-        self._names = [branch.name for branch in join.branches]
+        self.join = join
         self._buffer = buffer
         self._hooks = hooks
         self._along_skip: Tensor | None = None
+        self._through: dict[int, Tensor] = {}
         self._skip_known = True
-        self.on_difference: Callable[[Tensor], None] | None = None
+        self.on_return: Callable[[Tensor | None, list[Tensor | None]], None] | None = None
 
-    def attach(self, output: Edge | None, fork: Edge | None, addition: Edge | None, position: int) -> None:
-        """Place the hooks; each edge is None where autograd does not follow the tensor."""
-        if output is not None:
-            self._hooks.gradient(output, self._at_output)
+    def attach(self, edges: Mapping[int, Edge], nodes: Sequence[Node]) -> None:
+        """Place the hooks; a tensor without an edge is one that autograd does not follow."""
+        join = self.join
+        if join.node in edges:
+            self._hooks.gradient(edges[join.node], self._at_output)
+        fork = edges.get(join.fork)
         if fork is None:
             return
-        ends = inputs_reaching(addition[0], position, fork) if addition is not None else []
-        self._skip_known = ends is not None
-        for node, number in ends or ():
+        skip = _ends(join.skip, edges, fork)
+        if skip is None or (not skip and not _is_cut(join, nodes)):
+            self._skip_known = False
+        for node, number in skip or ():
             self._hooks.returned(node, number, self._back_along_skip)
+        if self._skip_known and len(join.addends) > 1:
+            self._split([_ends(addend, edges, fork) for addend in join.addends], skip or [])
         self._hooks.gradient(fork, self._at_fork)
 
+    def _split(self, branches: list[list[Edge] | None], skip: list[Edge]) -> None:
+        """Tell the branches' gradients apart where each leaves the fork by operations of its own."""
+        every = [skip, *(ends or [] for ends in branches)]
+        if None in branches or len(set().union(*every)) < sum(map(len, every)):
+            return
+        for number, ends in enumerate(branches[1:], start=1):
+            for node, position in ends or ():
+                self._hooks.returned(node, position, self._back_through(number))
+
+    def _back_through(self, number: int) -> Callable[[Tensor], None]:
+        def use(gradient: Tensor) -> None:
+            known = self._through.get(number)
+            self._through[number] = gradient if known is None else known + gradient
+
+        return use
+
     def _put(self, **values: Tensor) -> None:
-        for name in self._names:
-            self._buffer.put("branches", name, dict(values))
+        for branch in self.join.branches:
+            self._buffer.put("branches", branch.name, dict(values))
 
     def _at_output(self, gradient: Tensor) -> None:
         self._put(grad_out_sq=self._hooks.square(gradient))
@@ -224,15 +246,44 @@ class JoinGradients:
 
     def _at_fork(self, gradient: Tensor) -> None:
         along, self._along_skip = self._along_skip, None
+        through, self._through = self._through, {}
         values = {"grad_fork_sq": self._hooks.square(gradient)}
         if self._skip_known:
             difference = gradient if along is None else statistics.wide(gradient) - statistics.wide(along)
             values["grad_branch_sq"] = statistics.sum_squares(difference)
             if along is not None:
                 values["grad_dot"] = statistics.dot(along, difference)
-            if self.on_difference is not None:
-                self.on_difference(difference)
+            if self.on_return is not None:
+                self.on_return(along, self._parts(difference, through))
         self._put(**values)
+
+    def _parts(self, difference: Tensor, through: dict[int, Tensor]) -> list[Tensor | None]:
+        """What came back through each branch; the first holds whatever cannot be told apart."""
+        others = [through.get(number) for number in range(1, len(self.join.branches))]
+        for part in others:
+            if part is not None:
+                difference = difference - statistics.wide(part)
+        return [difference, *others]
+
+
+def _ends(addend: Addend, edges: Mapping[int, Edge], fork: Edge) -> list[Edge] | None:
+    """Where the path of an operand arrives at the fork; empty if autograd does not follow it."""
+    addition = edges.get(addend.addition)
+    return [] if addition is None else inputs_reaching(addition[0], addend.position, fork)
+
+
+def _is_cut(join: Join, nodes: Sequence[Node]) -> bool:
+    """Whether the skip leaves the fork by something that stops gradients."""
+    index = join.skip.node
+    while index != join.fork:
+        node = nodes[index]
+        if node.op in {"detach", "data"} or not node.requires_grad:
+            return True
+        before = [p for p in node.parents if p == join.fork or nodes[p].ancestors >> join.fork & 1]
+        if not before:
+            return False
+        index = before[0]
+    return not nodes[index].requires_grad
 
 
 def _place(addend: Addend) -> Place:

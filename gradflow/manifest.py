@@ -173,6 +173,7 @@ def _stream(entry: Mapping[str, Any]) -> Stream:
         points=tuple(_all(_get(entry, "points", Sequence, ()), str)),
         nodes=tuple(_all(_get(entry, "nodes", Sequence, ()), int)),
         exact=_get(entry, "exact", bool, default=False),
+        segments=tuple(_all(_get(entry, "segments", Sequence, ()), int)),
     )
 
 

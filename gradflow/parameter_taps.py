@@ -36,10 +36,11 @@ def _local(x: Tensor) -> Tensor:
 
 
 class ParameterTaps:
-    """The parameters of one sampled step. Weights are copied at its start, so a step costs their memory once more."""
+    """The parameters of one sampled step. Weights are copied at its start (for `updates`): it costs their memory again."""
 
-    def __init__(self, model: nn.Module, buffer: Buffer) -> None:
+    def __init__(self, model: nn.Module, buffer: Buffer, *, updates: bool = True) -> None:
         self._buffer = buffer
+        self._updates = updates
         self._parameters = {n: p for n, p in parameter_names(model).items() if not nn.parameter.is_lazy(p)}
         self._before: dict[str, Tensor] = {}
         self._gradients: dict[str, dict[str, Tensor | float | None]] = {}
@@ -52,7 +53,7 @@ class ParameterTaps:
             self._buffer.put(
                 "parameters", name, {"n": float(weight.numel()), "weight_sq": statistics.sum_squares(weight)}
             )
-            if parameter.requires_grad:
+            if self._updates and parameter.requires_grad:
                 self._before[name] = weight.clone()
 
     def gradients(self, of: Iterable[Tensor] | None = None) -> set[str]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gradflow import geometry
 from gradflow.buffer import Buffer, Row
 from gradflow.hooks import undisturbed
+from gradflow.ledgers import SEPARATOR
 from gradflow.parameter_taps import ParameterTaps
-from gradflow.stream_taps import SEPARATOR
 from gradflow.taps import Plans, Taps
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class StepInProgress:
 
     def __init__(
         self, model: nn.Module, step: int, plans: Plans, *, rows: int, tables: frozenset[str],
-        on_error: Callable[[Exception], None], scale: Callable[[], Tensor | float | None],
+        on_error: Callable[[Exception], None], scale: Callable[[], Tensor | float | None], trains: bool = True,
     ) -> None:  # fmt: skip
         self.step = step
         self.scale = scale
@@ -135,7 +135,7 @@ class StepInProgress:
                 model, self._buffer, plans, rows=rows, tables=tables, on_error=on_error,
                 on_backward=self._seen_backward, after_backward=self._seen_gradients,
             )  # fmt: skip
-        self._parameters = ParameterTaps(model, self._buffer) if "parameters" in tables else None
+        self._parameters = ParameterTaps(model, self._buffer, updates=trains) if "parameters" in tables else None
 
     def start(self, learning_rate: Any) -> None:
         """Measure the weights, and begin to watch."""

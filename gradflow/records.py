@@ -153,6 +153,9 @@ class Stream:
             `"input"`), then one name a join (its join name), or the members of the trunk.
         nodes: Their nodes in the traced pass, as long as `points`.
         exact: Whether the skips are pure identities throughout, so that x_L = x_0 + Σ f holds exactly.
+        segments: For each join, the number of the piece of the stream it belongs to. Over a piece x_L = x_0 + Σ f holds
+            exactly; a new one begins where a norm stands between joins (post-norm), and a join whose skip is scaled,
+            dropped out or padded is one by itself. Empty for a trunk.
     """
 
     name: str
@@ -160,6 +163,7 @@ class Stream:
     points: tuple[str, ...]
     nodes: tuple[int, ...] = ()
     exact: bool = False
+    segments: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,10 @@ class Register(Sequence[Node]):
             return self.add(tensor, "parameter", (), {"name": name[0] if name else "", "buffer": False})
         if name is not None:
             return self.add(tensor, "parameter", (), {"name": name[0], "buffer": name[1]})
-        return self.add(tensor, kind, (), {"source": "outside"})
+        index = self.add(tensor, kind, (), {"source": "outside"})
+        if kind == "input" and tensor.requires_grad:
+            self.edges[index] = tuple(torch.autograd.graph.get_gradient_edge(tensor))[:2]
+        return index
 
     def opaque(self, tensor: Tensor, parents: tuple[int, ...], what: str, reason: str, *, learned: bool) -> int:
         """Node of a tensor whose making could not be traced; counted among the problems."""

@@ -1,33 +1,33 @@
-"""Measures streams and trunks of a pass: their points' sizes and geometry, and the ledgers of signal and gradient."""
+"""Measures streams and trunks of a pass: the sizes and the geometry of their points."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import nn
 
-from gradflow import geometry, statistics
+from gradflow import families, geometry, statistics
+from gradflow.ledgers import SEPARATOR, Ledgers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
     from gradflow.buffer import Buffer
     from gradflow.hooks import Edge, Hooks
     from gradflow.join_taps import JoinGradients, JoinTaps
-    from gradflow.records import Join, Stream, Structure
+    from gradflow.records import Call, Graph, Join, Node, Stream, Structure
 
 Use: TypeAlias = "Callable[[Tensor], None]"
 
-SEPARATOR = "\0"
-"""Between a stream's name and a point's in the name of a row; no module path can hold it."""
 _LEARNING_BYTES = 128 * 2**20
 """Row samples kept while it is not yet known which modules make a trunk."""
 _RANK_ROWS = 128
-"""Rows of the sample that the effective rank is computed from: a decomposition costs their cube."""
+"""Rows that the effective rank is computed from where the width is larger too: a decomposition costs their cube."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,9 @@ class Point:
     sample: Tensor | None
     tokens: bool
 
-
-@dataclass(slots=True)
-class _Ledger:
-    """Gradients of one exact stream, on the row sample: at its ends, and what came back through each branch."""
-
-    stream: Stream
-    joins: list[Join]
-    ends: dict[str, Tensor] = field(default_factory=dict)
-    through: dict[int, Tensor] = field(default_factory=dict)
+    def swapped(self) -> Point:
+        """The same point with the first two axes of its sample exchanged."""
+        return self if self.sample is None else replace(self, sample=self.sample.transpose(0, 1))
 
 
 class StreamTaps:
@@ -59,10 +53,16 @@ class StreamTaps:
         self._rows = rows
         self._outputs: dict[int, Point] = {}
         self._bytes = 0
-        self._ledgers: list[_Ledger] = []
+        self._sequence_first: set[int] = set()
+        self.ledgers = Ledgers(buffer, hooks, rows)
+
+    def entered(self, call: int, module: nn.Module) -> None:
+        """Note modules that take sequences as (position, sequence, width)."""
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
+            self._sequence_first.add(call)
 
     def module(self, path: str, node: int, out: Tensor, axis: int, wanted: frozenset[str] | None) -> None:
-        """Measure a module's output if it may be a point of a trunk; `wanted` holds the points, None while unknown."""
+        """Measure a module's output if it may be a point; `wanted` holds the modules that are, None while unknown."""
         if (wanted is not None and path not in wanted) or out.dim() < 2:
             return
         sample = geometry.sample_rows(out, axis, self._rows)
@@ -74,24 +74,28 @@ class StreamTaps:
         self._outputs[node] = Point(out.numel(), square, sample, geometry.has_tokens(tuple(out.shape)))
 
     def finish(
-        self, structure: Structure, joins: JoinTaps, gradients: dict[int, JoinGradients], edges: dict[int, Edge]
-    ) -> None:
+        self, structure: Structure, joins: JoinTaps, gradients: dict[int, JoinGradients], edges: dict[int, Edge],
+        graph: Graph,
+    ) -> None:  # fmt: skip
         """The pass is understood: put its points into the buffer and place the hooks for their gradients."""
         by_node = {join.node: join for join in structure.joins}
+        swapped = [graph.calls[call] for call in self._sequence_first]
         measured: list[tuple[str, Point]] = []
         for stream in structure.streams:
+            sequence_first = _takes_sequences_second(stream, swapped, graph.nodes)
             for depth, (point, node) in enumerate(zip(stream.points, stream.nodes, strict=True)):
-                found = self._point(stream, depth, node, joins, by_node)
-                if found is None:
-                    continue
                 name = stream.name + SEPARATOR + point
-                self._buffer.put("streams", name, {"depth": float(depth), "n": float(found.n), "out_sq": found.square})
-                measured.append((name, found))
+                found = self._point(stream, depth, node, joins, by_node, graph.nodes)
+                if found is None and node not in edges:
+                    continue
+                self._buffer.put("streams", name, {"depth": float(depth)})
+                if found is not None:
+                    self._buffer.put("streams", name, {"n": float(found.n), "out_sq": found.square})
+                    measured.append((name, found.swapped() if sequence_first else found))
                 if node in edges:
                     self._hooks.gradient(edges[node], self._gradient_of(name))
-            if stream.exact and stream.kind == "stream":
-                chain = [by_node[node] for node in stream.nodes[1:] if node in by_node]
-                self._ledger(stream, chain, joins, gradients, edges)
+            if stream.kind == "stream":
+                self.ledgers.open(stream, by_node, joins, gradients, edges, graph.nodes)
         self._geometry(measured)
 
     def _gradient_of(self, name: str) -> Use:
@@ -101,21 +105,16 @@ class StreamTaps:
         return use
 
     def _point(
-        self, stream: Stream, depth: int, node: int, joins: JoinTaps, by_node: dict[int, Join]
+        self, stream: Stream, depth: int, node: int, joins: JoinTaps, by_node: dict[int, Join], nodes: Sequence[Node]
     ) -> Point | None:
-        """What was measured at a point. A stream's start is measured as the skip of its first join, as it enters."""
+        """What was measured at a point: a module's output, a join's output, or the skip that has the fork's values."""
+        if node in self._outputs:
+            return self._outputs[node]
         if stream.kind == "trunk":
-            return self._outputs.get(node)
-        if depth == 0 and len(stream.nodes) > 1 and stream.nodes[1] in by_node:
-            entry = joins.sums.get(stream.nodes[1])
-            if entry is None:
-                return None
-            skip = by_node[stream.nodes[1]].skip
-            term = entry.terms.get((skip.addition, skip.position))
-            if term is None:
-                return None
-            n = torch.Size(entry.shape).numel()
-            return Point(n, term.square, term.sample, geometry.has_tokens(entry.shape))
+            return None
+        if depth == 0:
+            join = by_node.get(stream.nodes[1]) if len(stream.nodes) > 1 else None
+            return None if join is None else _fork_point(join, joins, nodes)
         entry = joins.sums.get(node)
         if entry is None:
             return None
@@ -139,78 +138,54 @@ class StreamTaps:
                 columns["token_cosine"] = geometry.token_cosine(samples)
             for i, name in enumerate(names):
                 self._buffer.put("streams", name, {column: values[i] for column, values in columns.items()})
-            flat = samples.flatten(1, 2)
-            step = -(-flat.shape[1] // _RANK_ROWS)
-            wide = flat[:, ::step].unsqueeze(1)
-            wide = wide if wide.device.type == "mps" else wide.double()
-            self._buffer.put_grams("streams", names, "effective_rank", geometry.gram(wide))
+            self._buffer.put_grams("streams", names, "effective_rank", geometry.gram(_rank_rows(samples)))
 
-    # ------------------------------------------------------------------ ledgers
 
-    def _ledger(
-        self, stream: Stream, joins: list[Join], taps: JoinTaps, gradients: dict[int, JoinGradients],
-        edges: dict[int, Edge],
-    ) -> None:  # fmt: skip
-        """Signal shares now, and hooks for the gradient shares."""
-        if not joins or any(join.node not in taps.sums or join.node not in gradients for join in joins):
-            return
-        start, _, _ = taps.samples(joins[0])
-        _, _, end = taps.samples(joins[-1])
-        branches = [
-            (branch.name, sample) for join in joins
-            for branch, sample in zip(join.branches, taps.samples(join)[1], strict=True)
-        ]  # fmt: skip
-        parts = [start, *(sample for _, sample in branches)]
-        if end is None or any(part is None or part.shape != end.shape for part in parts):
-            return
-        shares = geometry.shares(torch.stack([part for part in parts if part is not None]), end)
-        self._buffer.put("streams", stream.name + SEPARATOR + stream.points[0], {"signal_share": shares[0]})
-        for i, (name, _) in enumerate(branches, start=1):
-            self._buffer.put("branches", name, {"signal_share": shares[i]})
-        if joins[0].fork in edges and joins[-1].node in edges:
-            self._watch(_Ledger(stream, joins), taps, gradients, edges)
+def points_besides(structure: Structure, nodes: Sequence[Node], calls: Iterable[Call]) -> frozenset[str]:
+    """Modules whose outputs have to be measured: the points of trunks, and forks that no join's skip shows."""
+    paths = {point for stream in structure.streams if stream.kind == "trunk" for point in stream.points}
+    by_node = {join.node: join for join in structure.joins}
+    firsts = (by_node[s.nodes[1]] for s in structure.streams if s.kind == "stream" and s.nodes[1] in by_node)
+    hidden = {join.fork for join in firsts if not _has_values_of(nodes, join.skip.node, join.fork)}
+    return frozenset(paths | {call.module for call in calls if not hidden.isdisjoint(call.outputs)})
 
-    def _watch(
-        self, ledger: _Ledger, taps: JoinTaps, gradients: dict[int, JoinGradients], edges: dict[int, Edge]
-    ) -> None:
-        """Sample the gradients that the backward ledger is made of, as they arrive."""
-        axis = taps.sums[ledger.joins[0].node].channel_dim
 
-        def sampled(gradient: Tensor) -> Tensor:
-            rows = geometry.sample_rows(gradient, axis, self._rows)
-            assert rows is not None
-            return rows
+def _fork_point(join: Join, joins: JoinTaps, nodes: Sequence[Node]) -> Point | None:
+    """A fork as its join's skip shows it, where that has the same values but for a factor of the addition."""
+    entry = joins.sums.get(join.node)
+    term = entry.terms.get((join.skip.addition, join.skip.position)) if entry is not None else None
+    if entry is None or term is None or not term.scale or not _has_values_of(nodes, join.skip.node, join.fork):
+        return None
+    term = term.scaled(1 / term.scale)
+    return Point(torch.Size(entry.shape).numel(), term.square, term.sample, geometry.has_tokens(entry.shape))
 
-        def end(which: str) -> Use:
-            def use(gradient: Tensor) -> None:
-                ledger.ends[which] = sampled(gradient)
 
-            return use
+def _has_values_of(nodes: Sequence[Node], index: int, origin: int) -> bool:
+    """Whether a tensor holds the elements of another, in whatever shape."""
+    size = torch.Size(nodes[index].shape).numel()
+    while index != origin:
+        if nodes[index].op not in families.VIEWS or not nodes[index].parents:
+            return False
+        index = nodes[index].parents[0]
+    return torch.Size(nodes[origin].shape).numel() == size
 
-        def through(node: int) -> Use:
-            def use(difference: Tensor) -> None:
-                ledger.through[node] = sampled(difference)
 
-            return use
+def _takes_sequences_second(stream: Stream, calls: Iterable[Call], nodes: Sequence[Node]) -> bool:
+    """Whether a stream runs through modules that take it as (position, sequence, width)."""
+    for call in calls:
+        if not call.inputs:
+            continue
+        taken = nodes[call.inputs[0]]
+        for index in stream.nodes:
+            reaches = index == taken.index or taken.ancestors >> index & 1
+            if reaches and len(taken.shape) == 3 and nodes[index].shape == taken.shape:
+                return True
+    return False
 
-        self._hooks.gradient(edges[ledger.joins[0].fork], end("first"))
-        self._hooks.gradient(edges[ledger.joins[-1].node], end("last"))
-        for join in ledger.joins:
-            gradients[join.node].on_difference = through(join.node)
-        self._ledgers.append(ledger)
 
-    def gradients(self) -> None:
-        """The backward pass is over: gradient shares of every exact stream whose gradients all arrived."""
-        for ledger in self._ledgers:
-            if len(ledger.ends) < 2 or len(ledger.through) < len(ledger.joins):
-                continue
-            whole = ledger.ends["first"]
-            parts = [ledger.ends["last"], *(ledger.through[join.node] for join in ledger.joins)]
-            if any(part.shape != whole.shape for part in parts):
-                continue
-            shares = geometry.shares(torch.stack([part.to(whole.dtype) for part in parts]), whole)
-            last = ledger.stream.name + SEPARATOR + ledger.stream.points[-1]
-            self._buffer.put("streams", last, {"gradient_share": shares[0]})
-            for i, join in enumerate(ledger.joins, start=1):
-                self._buffer.put("branches", join.branches[0].name, {"gradient_share": shares[i]})
-        self._ledgers.clear()
+def _rank_rows(samples: Tensor) -> Tensor:
+    """The rows that the effective rank is computed from, in float64 where the device has it: (k, 1, rows, width)."""
+    flat = samples.flatten(1, 2)
+    if min(flat.shape[1:]) > _RANK_ROWS:
+        flat = flat[:, :: -(-flat.shape[1] // _RANK_ROWS)]
+    return (flat if flat.device.type == "mps" else flat.double()).unsqueeze(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from gradflow import families
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from gradflow.records import Graph, Join
 
 _LINKS = frozenset({"relu", "gelu", "silu", "leaky_relu", "elu", "relu6", "hardswish", "mish", "tanh", "clamp", "prelu"})
-_EXACT = families.VIEWS - {"detach", "data"}
+# What changes the order of elements or cuts the gradient breaks the sums of a ledger.
+_EXACT = families.VIEWS - {
+    "detach", "data", "flip", "fliplr", "flipud", "roll", "rot90", "transpose", "t", "permute", "movedim", "adjoint",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "swapaxes", "expand", "expand_as", "broadcast_to",
+    "view_as_real", "view_as_complex",
+}  # fmt: skip
 
 
 def is_post_norm(graph: Graph, facts: Ancestry, join: int, forks: Sequence[int]) -> bool:
@@ -66,15 +72,15 @@ def find_streams(graph: Graph, facts: Ancestry, joins: list[Join]) -> tuple[list
     named = list(joins)
     streams = []
     for name, chain in zip(names, chains, strict=True):
-        exact = True
-        for previous, position in zip([None, *chain], chain, strict=False):
+        for position in chain:
             join = joins[position]
             named[position] = replace(join, branches=tuple(replace(b, stream=name) for b in join.branches))
-            exact = exact and _is_exact(facts, join, joins[previous].node if previous is not None else None)
+        segments = _segments(facts, [joins[position] for position in chain])
+        exact = len(set(segments)) == 1 and _keeps(facts, joins[chain[0]])
         first = joins[chain[0]]
         points = (_origin(graph, first.fork), *(joins[p].branches[0].join for p in chain))
         nodes = (first.fork, *(joins[p].node for p in chain))
-        streams.append(Stream(name, "stream", points, nodes, exact))
+        streams.append(Stream(name, "stream", points, nodes, exact, segments))
     return named, tuple(streams)
 
 
@@ -116,11 +122,18 @@ def _source(facts: Ancestry, fork: int, at: dict[int, int]) -> int | None:
     return None
 
 
-def _is_exact(facts: Ancestry, join: Join, previous: int | None) -> bool:
-    """Whether the skip is the fork itself, and the fork the previous join's output itself, but for views."""
-    if join.skip.scale != 1 or not _same(facts, join.skip.node, join.fork):
-        return False
-    return previous is None or _same(facts, join.fork, previous)
+def _segments(facts: Ancestry, chain: list[Join]) -> tuple[int, ...]:
+    """Number of the piece that each join of a stream belongs to: within one, x_L = x_0 + Σ f holds exactly."""
+    numbers = [0]
+    for previous, join in pairwise(chain):
+        goes_on = _keeps(facts, previous) and _keeps(facts, join) and _same(facts, join.fork, previous.node)
+        numbers.append(numbers[-1] + (not goes_on))
+    return tuple(numbers)
+
+
+def _keeps(facts: Ancestry, join: Join) -> bool:
+    """Whether the skip is the fork itself but for views."""
+    return join.skip.scale == 1 and _same(facts, join.skip.node, join.fork)
 
 
 def _same(facts: Ancestry, index: int, origin: int) -> bool:

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from gradflow.hooks import Hooks, undisturbed
 from gradflow.join_taps import JoinGradients, JoinTaps
 from gradflow.layer_taps import ACTIVATIONS, LayerTaps
+from gradflow.modules import tensors_in
 from gradflow.residuals import analyse
-from gradflow.stream_taps import StreamTaps
-from gradflow.tracing import Tracer, tensors_in
+from gradflow.stream_taps import StreamTaps, points_besides
+from gradflow.tracing import Tracer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gradflow.buffer import Buffer
-    from gradflow.records import Join, Structure
+    from gradflow.records import Graph, Join, Node, Structure
 
 _ADDITIONS = frozenset({"add", "sub"})
 _MOST_PLANS = 64
@@ -44,14 +45,13 @@ class Plans:
     roles: dict[int, str] = field(default_factory=dict)
     points: frozenset[str] | None = None
 
-    def remember(self, fingerprint: int, structure: Structure, additions: dict[int, int]) -> None:
+    def remember(self, fingerprint: int, graph: Graph, structure: Structure, additions: dict[int, int]) -> None:
         """Keep the structure of a pass; `additions` maps its addition nodes to the fingerprints before them."""
         if len(self.structures) >= _MOST_PLANS:
             self.structures.clear()
             self.roles.clear()
         self.structures[fingerprint] = structure
-        trunks = (stream.points for stream in structure.streams if stream.kind == "trunk")
-        self.points = (self.points or frozenset()).union(*trunks)
+        self.points = (self.points or frozenset()) | points_besides(structure, graph.nodes, graph.calls)
         joins = {join.node for join in structure.joins}
         partial = {a.addition for join in structure.joins for a in (join.skip, *join.addends)} - joins
         for node, before in additions.items():
@@ -110,7 +110,7 @@ class Taps:
         if len(operands) < 2 or operands[0] is None or operands[1] is None:
             return None
         x, y = args[0], args[1]
-        nodes = self.tracer._nodes  # noqa: SLF001
+        nodes = self.tracer.nodes
         if not _summable(x, y) or "parameter" in (nodes[operands[0]].op, nodes[operands[1]].op):
             return None
         before = self.tracer.fingerprint()
@@ -130,7 +130,7 @@ class Taps:
     ) -> None:
         """Measure the result of a watched operation (runs at every one of a sampled step)."""
         try:
-            made = self.tracer._nodes[node]  # noqa: SLF001
+            made = self.tracer.nodes[node]
             grad = torch.is_grad_enabled()
             with undisturbed():
                 if token is not None:
@@ -146,6 +146,7 @@ class Taps:
 
     def entered(self, call: int, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that a module's forward begins."""
+        self._streams.entered(call, module)
         if self.layers is not None:
             self.layers.entered(call, path, module, grad=torch.is_grad_enabled())
 
@@ -156,7 +157,7 @@ class Taps:
                 self._joins.release(call)
                 out = next((t for t in tensors_in(output, 3) if t.is_floating_point()), None)
                 node = self.tracer.node_of(out) if out is not None else None
-                axis = -1 if node is None else self.tracer._nodes[node].channel_dim  # noqa: SLF001
+                axis = -1 if node is None else self.tracer.nodes[node].channel_dim
                 if self.layers is not None:
                     self.layers.exited(call, out, axis)
                 if out is not None and node is not None and "streams" in self._tables:
@@ -176,6 +177,10 @@ class Taps:
         if name == "backward":
             self._after_backward()
 
+    def fault(self, error: Exception) -> None:
+        """The trace itself failed."""
+        self._on_error(error)
+
     def close_pass(self) -> None:
         """The pass is complete: understand it, and place the hooks for its gradients."""
         try:
@@ -186,7 +191,7 @@ class Taps:
 
     def _finish_pass(self) -> None:
         fingerprint = self.tracer.fingerprint()
-        edges = self.tracer._edges  # noqa: SLF001
+        edges = self.tracer.edges
         graph = self.tracer.take()
         if not graph.nodes or (self.structures and not graph.calls):  # what runs behind a backward is no pass
             self._new_pass()
@@ -194,22 +199,20 @@ class Taps:
         structure = self._plans.structures.get(fingerprint)
         if structure is None:
             structure = analyse(graph)
-            self._plans.remember(fingerprint, structure, self._additions)
+            self._plans.remember(fingerprint, graph, structure, self._additions)
         self.structures.append(structure)
         gradients: dict[int, JoinGradients] = {}
         for join in structure.joins:
             if "branches" in self._tables and self._joins.emit(join, self.buffer):
-                gradients[join.node] = self._attach(join, edges)
+                gradients[join.node] = self._attach(join, edges, graph.nodes)
         if "streams" in self._tables:
-            self._streams.finish(structure, self._joins, gradients, edges)
+            self._streams.finish(structure, self._joins, gradients, edges, graph)
             self._passes.append(self._streams)
         self._new_pass()
 
-    def _attach(self, join: Join, edges: dict[int, Any]) -> JoinGradients:
+    def _attach(self, join: Join, edges: dict[int, Any], nodes: Sequence[Node]) -> JoinGradients:
         gradients = JoinGradients(join, self.buffer, self.hooks)
-        gradients.attach(
-            edges.get(join.node), edges.get(join.fork), edges.get(join.skip.addition), join.skip.position
-        )
+        gradients.attach(edges, nodes)
         return gradients
 
     def finish(self) -> None:
@@ -217,7 +220,7 @@ class Taps:
         with undisturbed():
             self._finish_pass()
             for streams in self._passes:
-                streams.gradients()
+                streams.ledgers.close()
             if self.layers is not None:
                 self.layers.finish()
         self.close()
