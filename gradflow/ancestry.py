@@ -13,7 +13,7 @@ from gradflow import families
 if TYPE_CHECKING:
     from gradflow.records import Graph, Node
 
-_QKV = 3  # operands of attention before the mask
+_QKV = 3  # operands of attention before its weights: query, key, value
 
 
 def bits(mask: int) -> list[int]:
@@ -108,7 +108,7 @@ class Ancestry:
         if op == "opaque":
             return frozenset() if node.detail.get("learned") else None
         if op in families.NETWORKS:
-            return frozenset(p for p in parents if self.weighty[p])
+            return frozenset(p for p in parents[_QKV:] if self.weighty[p] and p not in parents[:_QKV])
         if op in families.WEIGHTED:
             return None if self._fixed_filter(node) else frozenset(parents[1:])
         if op in families.BESIDE or len(parents) == 1:
@@ -163,10 +163,12 @@ class Ancestry:
             return self._shifted(node)
         if op in families.SLICES:
             whole = size(node.shape) == size(self.nodes[first].shape) and node.detail.get("outputs", 1) == 1
-            return first if whole and len(parents) == 1 else None
-        if op == "cat":
-            signals = [p for p in parents if self.nodes[p].op != "constant"]
-            return signals[0] if len(signals) == 1 else None
+            return first if whole and len(parents) == 1 else self._twin(node)
+        if op in families.POOLED:
+            return first if node.shape and node.detail.get("output", 0) == 0 and len(parents) == 1 else None
+        if op == "cat":  # padding, or a few tokens put in front
+            most = max(parents, key=lambda p: size(self.nodes[p].shape))
+            return most if 2 * size(self.nodes[most].shape) > size(node.shape) else None
         if op == "copy":
             return parents[-1] if size(node.shape) == size(self.nodes[parents[-1]].shape) else None
         if op == "where":
@@ -176,6 +178,18 @@ class Ancestry:
             return first if self._fixed_filter(node) else None
         if op == "opaque":
             return first if node.detail.get("alias") else None
+        return None
+
+    def _twin(self, node: Node) -> int | None:
+        """An earlier slice of the same tensor by the same index: it holds the same values."""
+        if "index" not in node.detail or len(node.parents) != 1:
+            return None
+        for other in self.consumers[node.parents[0]]:
+            if other >= node.index:
+                return None
+            twin = self.nodes[other]
+            if (twin.op, twin.parents, twin.detail) == (node.op, node.parents, node.detail):
+                return other
         return None
 
     def _scaled(self, node: Node) -> int | None:
@@ -227,10 +241,16 @@ class Ancestry:
             return node.parents[0]
         if node.op not in {"mul", "div"} or len(node.parents) < 2:
             return None
-        left, right = node.parents[:2]
-        if self._root(right, {left}):
+        left, right = (self._centred(p) for p in node.parents[:2])
+        if self._root(node.parents[1], {left}):
             return left
-        return right if self._root(left, {right}) else None
+        return right if self._root(node.parents[0], {right}) else None
+
+    def _centred(self, index: int) -> int:
+        """What a tensor less its own mean comes from; the tensor itself if it is no such thing."""
+        node = self.nodes[index]
+        centred = node.op == "sub" and len(node.parents) > 1 and self.nodes[node.parents[1]].op == "mean"
+        return node.parents[0] if centred else index
 
     def _root(self, index: int, others: set[int]) -> bool:
         """Whether a factor is one over a root mean square (or the like) of what the other factor comes from."""

@@ -43,6 +43,9 @@ NETWORKS = frozenset({
     "rnn_relu_cell", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
 })  # fmt: skip
 ADDITIONS = frozenset({"add", "sub"})
+# What a loss does to a difference.
+ERRORS = frozenset({"pow", "square", "abs", "norm", "vector_norm", "linalg_norm", "huber_loss", "smooth_l1_loss"})
+POOLED = frozenset({"mean", "max", "amax"})
 # They put a weight beside the data, not through it.
 _BESIDE = frozenset({
     "add", "sub", "cat", "stack", "where", "setitem", "copy", "masked_fill", "masked_scatter", "index_put", "index_add",

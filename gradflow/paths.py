@@ -32,7 +32,7 @@ def enters_by_itself(facts: Ancestry, fork: int, branch: int) -> bool:
             if consumer in seen or not within >> consumer & 1:
                 continue
             node = facts.nodes[consumer]
-            if facts.identity_parent(consumer) == index:
+            if facts.identity_parent(consumer) == index or _with_fixed(facts, consumer):
                 seen.add(consumer)
                 queue.append(consumer)
             elif node.op in _SIDEWAYS or (node.op == _ATTENTION and index not in node.parents[:3]):
@@ -40,6 +40,12 @@ def enters_by_itself(facts: Ancestry, fork: int, branch: int) -> bool:
             elif node.floating:
                 return True
     return False
+
+
+def _with_fixed(facts: Ancestry, index: int) -> bool:
+    """Whether a node is a sum of tensors that carry no data, such as a learned query and its position."""
+    node = facts.nodes[index]
+    return node.op in families.ADDITIONS and not any(facts.data[p] for p in node.parents)
 
 
 def begins_with_norm(facts: Ancestry, fork: int, branch: int) -> bool:

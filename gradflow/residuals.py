@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradflow import families
-from gradflow.ancestry import Ancestry, size
+from gradflow.ancestry import Ancestry, size, wide_dims
 from gradflow.naming import name_branches
 from gradflow.paths import begins_with_norm, enters_by_itself, is_learned_twice
 from gradflow.records import Addend, Branch, Join, Structure
@@ -109,12 +109,20 @@ class _Finder:
     def _is_sum(self, node: Node) -> bool:
         if node.op not in families.ADDITIONS or len(node.parents) < 2 or not node.floating or not node.shape:
             return False
-        return all(self.nodes[p].floating for p in node.parents[:2])
+        return all(self.nodes[p].floating for p in node.parents[:2]) and not self._is_error(node)
+
+    def _is_error(self, node: Node) -> bool:
+        """Whether a difference is only ever squared or the like: the error term of a loss."""
+        readers = self.facts.consumers[node.index]
+        if node.op != "sub" or not readers or node.index in self.returned:
+            return False
+        squares = [self.nodes[r].op == "mul" and set(self.nodes[r].parents) == {node.index} for r in readers]
+        return all(square or self.nodes[r].op in families.ERRORS for square, r in zip(squares, readers, strict=True))
 
     def _visit(self, node: Node) -> None:
         """Decide on a node, then set the mask of ancestors that reach it directly.
 
-        Directly: not only by entering a branch of a join whose skip does not depend on them, as side inputs do.
+        Directly: through no join's branch alone, as masks, positions and what lies inside the branch do.
         """
         facts, direct = self.facts, self.direct
         match = self._match(node) if self._is_sum(node) and node.index not in self.not_joins else None
@@ -128,10 +136,7 @@ class _Finder:
         for partial in match.partials:
             self.joins.pop(partial, None)
         skip = match.skip.node
-        inside = facts.ancestors[skip] | 1 << skip
         direct[node.index] = direct[skip] | 1 << skip
-        for addend in match.addends:
-            direct[node.index] |= (direct[addend.node] | 1 << addend.node) & inside
 
     # ---------------------------------------------------------------- operands
 
@@ -279,24 +284,32 @@ class _Finder:
         return bool(direct >> fork & 1) and is_learned_twice(self.facts, fork, branch)
 
     def _carried_past(self) -> set[int]:
-        """Joins whose branch is carried on by itself as the skip of a later join that has their sum in its branch.
+        """Joins whose sum serves one sublayer alone, while an operand is carried on as the skip of a later join.
 
-        There the sum is a side input put onto the stream for one sublayer's use, such as a query's position.
+        A branch that is carried on itself had a side input put onto it, such as a query's position. A fork that is
+        carried on makes the sum a side input only if a fixed pattern (a position, scaled by the fork) is the branch.
         """
         found: set[int] = set()
         forks: dict[int, list[_Match]] = {}
         for join in self.joins.values():
             forks.setdefault(join.fork, []).append(join)
         for join in self.joins.values():
-            tensors = [c for addend in join.addends for c in self.facts.chain(addend.node)]
-            for later in (later for c in tensors for later in forks.get(c, ())):
-                skip = later.skip.node
-                on_skip = skip == join.node or self.facts.ancestors[skip] >> join.node & 1
-                in_branch = any(
-                    a.node == join.node or self.facts.ancestors[a.node] >> join.node & 1 for a in later.addends
-                )
-                if in_branch and not on_skip:
-                    found.add(join.node)
+            branches = [c for addend in join.addends for c in self.facts.chain(addend.node)]
+            carried = list(branches)
+            if any(self._is_pattern(c) for c in branches):
+                carried.append(join.fork)
+            if any(self._serves(join.node, later) for c in carried for later in forks.get(c, ())):
+                found.add(join.node)
         return found
 
+    def _serves(self, index: int, later: _Match) -> bool:
+        """Whether a node is in a join's branch and not on its skip."""
+        within = [a.node == index or self.facts.ancestors[a.node] >> index & 1 for a in later.addends]
+        skip = later.skip.node
+        return any(within) and skip != index and not self.facts.ancestors[skip] >> index & 1
 
+    def _is_pattern(self, index: int) -> bool:
+        """Whether a node is the product of something with a fixed tensor of two or more dimensions."""
+        node = self.nodes[index]
+        factors = node.parents if node.op == "mul" else ()
+        return any(not self.facts.data[p] and wide_dims(self.nodes[p].shape) > 1 for p in factors)

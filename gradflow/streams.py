@@ -116,6 +116,9 @@ def _source(facts: Ancestry, fork: int, at: dict[int, int]) -> int | None:
         before = facts.identity_parent(index)
         if before is None and node.op in _LINKS:
             before = node.parents[0]
+        elif before is None and node.op in families.ADDITIONS:  # a position put onto the stream
+            signals = [p for p in node.parents[:2] if facts.data[p]]
+            before = signals[0] if len(signals) == 1 else None
         elif before is None:
             before = facts.norm_source(index)
         index = before

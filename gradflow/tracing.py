@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import TracebackType
 
-_DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute"})
+_DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute", "getitem", "narrow", "select"})
 _BACKWARD = frozenset({"backward", "grad"})
 _current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
 _Args = tuple[Any, ...]
@@ -344,6 +344,8 @@ def _detail(name: str, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs) -
     if name in {"transpose", "permute"}:
         axes = args[1:] or tuple(kwargs.values())
         return {"axes": axes[0] if axes and isinstance(axes[0], (tuple, list)) else axes}
+    if name in {"getitem", "narrow", "select"}:
+        return {"index": repr(args[1:])} if len(parents) == 1 else {}
     alpha = kwargs.get("alpha", 1)
     detail: dict[str, Any] = {} if isinstance(alpha, Tensor) or alpha == 1 else {"alpha": alpha}
     if len(parents) == 1:
