@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 from gradflow.directories import new_directory, resume
-from gradflow.errors import UsageError
+from gradflow.errors import RunError, UsageError
 from gradflow.recorder import Recorder, chosen_tables
 from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from pytorch_lightning import Callback as _Callback
     from pytorch_lightning import LightningModule, Trainer
@@ -91,6 +93,7 @@ class GradientFlowMonitor(_Callback):
         self._resumed: dict[str, Any] = {}
         self._stepped = False
         self._trained = False
+        self._stop = False
 
     # ------------------------------------------------------------------ what a user reads
 
@@ -106,18 +109,25 @@ class GradientFlowMonitor(_Callback):
 
     # ------------------------------------------------------------------ trainer hooks
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """What an earlier checkpoint said is not about this training; its own, if any, is loaded after this."""
+        self._resumed = {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the directory and make the recorder."""
         if bool(getattr(trainer, "fast_dev_run", False)) or trainer.barebones:
             self._recorder = None
             return
-        if self._recorder is None or self._recorder.model is not pl_module:
+        run_id = self._resumed.get("run_id")
+        old = self._recorder
+        if old is None or old.model is not pl_module or run_id not in {None, old.description.run_id}:
             self._recorder = self._guarded(lambda: self._made(trainer, pl_module))
         if self._recorder is not None:
+            self._recorder.count = int(self._resumed.get("count", self._recorder.count))
             self._recorder.optimizers = list(trainer.optimizers)
             self._recorder.scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._recorder.on_rows = self._logger(trainer) if self.log else None
-            self._stepped = self._trained = False
+            self._stepped = self._trained = self._stop = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin an optimizer step, or go on with one that has several micro-batches."""
@@ -127,7 +137,7 @@ class GradientFlowMonitor(_Callback):
         if recorder.in_step:
             recorder.watch()
         else:
-            recorder.begin(trainer.global_step)
+            recorder.begin(trainer.global_step, again=not pl_module.automatic_optimization)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The pass is complete."""
@@ -137,14 +147,16 @@ class GradientFlowMonitor(_Callback):
             self._recorder.rest()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With manual optimization another pass may follow in the same batch."""
+        """With manual optimization clipping may come next, and another pass in the same batch."""
         if self._recorder is not None and not pl_module.automatic_optimization:
+            self._recorder.gradients()
             self._recorder.watch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gradients stand as backward left them; clipping comes after this hook."""
         self._stepped = True
-        if self._recorder is not None:
+        if self._recorder is not None and pl_module.automatic_optimization:
+            self._recorder.rest()
             self._recorder.gradients(optimizer)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -166,10 +178,22 @@ class GradientFlowMonitor(_Callback):
         else:
             recorder.rest()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluation is no part of a pass."""
+        if self._recorder is not None:
+            self._recorder.rest()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A place that all ranks reach: stop together."""
+        self._stop_together(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A batch that was skipped from inside leaves a step open."""
-        if self._recorder is not None and self._recorder.in_step and not self._trained:
-            self._recorder.abort()
+        if self._recorder is not None and self._recorder.in_step:
+            self._recorder.rest()
+            if not self._trained:
+                self._recorder.abort()
+        self._stop_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is left, judge it, and write the report."""
@@ -178,7 +202,7 @@ class GradientFlowMonitor(_Callback):
             return
         recorder.close()
         if trainer.is_global_zero:
-            self._watch.react(recorder.run, final=True)
+            self._guarded(lambda: self._watch.react(recorder.run, final=True))
             if self.report:
                 self._guarded(lambda: self._write_report(recorder))
 
@@ -211,50 +235,47 @@ class GradientFlowMonitor(_Callback):
 
     # ------------------------------------------------------------------ inside
 
-    def _made(self, trainer: Trainer, pl_module: LightningModule) -> Recorder | None:
+    def _made(self, trainer: Trainer, pl_module: LightningModule) -> Recorder:
         """The recorder of this training, in the directory that rank 0 chooses."""
         root = trainer.log_dir or trainer.default_root_dir  # asks all ranks
-        path = str(self.dirpath) if self.dirpath is not None else str(Path(root) / "gradflow")
-        chosen: tuple[str, str] = ("", "")
+        path = os.fspath(self.dirpath) if self.dirpath is not None else f"{os.fspath(root).rstrip('/')}/gradflow"
+        chosen: tuple[str, str, str] = ("", "", "")
         if trainer.is_global_zero:
             try:
-                chosen = (self._directory(path), "")
+                chosen = (*self._directory(path), "")
             except Exception as error:  # noqa: BLE001 (the other ranks wait for the answer)
-                chosen = ("", f"{error}")
-        directory, problem = trainer.strategy.broadcast(chosen)
+                chosen = ("", "", f"{error}")
+        directory, run_id, problem = trainer.strategy.broadcast(chosen)
         if problem:
-            raise UsageError(problem)
-        recorder = Recorder(
+            raise RunError(problem)
+        return Recorder(
             pl_module, trainer.optimizers, directory, every_n_steps=self.every_n_steps, rows=self.rows,
-            tables=self._own_tables(trainer, pl_module), strict=self.strict, rank=trainer.global_rank, claim=False,
-            run_id=self._resumed.get("run_id"),
+            tables=self.tables, strict=self.strict, rank=trainer.global_rank, claim=False, run_id=run_id,
             info={"world_size": trainer.world_size, "precision": str(trainer.precision)},
         )  # fmt: skip
-        recorder.count = int(self._resumed.get("count", 0))
-        return recorder
 
-    def _directory(self, path: str) -> str:
+    def _directory(self, path: str) -> tuple[str, str]:
+        """Where to record, and the id of the run: that of the checkpoint if its run is found there."""
         run_id = self._resumed.get("run_id")
         found = resume(path, run_id) if run_id else None
-        if found is None:
-            self._resumed = {}
-            return new_directory(path)
-        return found
-
-    def _own_tables(self, trainer: Trainer, pl_module: LightningModule) -> Literal["all"] | Iterable[str]:
-        """Replicated parameters are recorded by rank 0 alone, shards by every rank."""
-        sharded = any(hasattr(p, "to_local") or getattr(p, "_is_flat_param", False) for p in pl_module.parameters())
-        if trainer.is_global_zero or sharded:
-            return self.tables
-        return chosen_tables(self.tables) - {"parameters"}
+        if found is not None:
+            return found, str(run_id)
+        self._resumed = {}
+        return new_directory(path), uuid4().hex
 
     def _judge(self, trainer: Trainer) -> None:
         """Look for findings while training goes on, ever more rarely, on rank 0."""
         recorder = self._recorder
         if recorder is None or not trainer.is_global_zero or not self._watch.due(recorder.written):
             return
-        if self._watch.react(recorder.run) and trainer.world_size == 1:
+        self._stop = bool(self._guarded(lambda: self._watch.react(recorder.run))) or self._stop
+        if self._stop and trainer.world_size == 1:
             trainer.should_stop = True
+
+    def _stop_together(self, trainer: Trainer) -> None:
+        """With several ranks rank 0's wish to stop is shared where all of them come by, and acted on by all at once."""
+        if self._watch.reaction == "stop" and trainer.world_size > 1 and trainer.training and not trainer.sanity_checking:
+            trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(self._stop, all=False)
 
     def _logger(self, trainer: Trainer) -> Callable[[int, dict[str, float]], None]:
         def send(step: int, figures: dict[str, float]) -> None:
@@ -274,11 +295,12 @@ class GradientFlowMonitor(_Callback):
         log.info("gradflow: %s", target)
 
     def _guarded(self, make: Callable[[], Any]) -> Any:
-        """A fault outside the recorder does not stop training either."""
+        """A fault outside the recorder does not stop training either, and is told once in a training."""
         try:
             return make()
         except Exception:
             if self.strict:
                 raise
-            log.warning("gradflow does not record this training", exc_info=True)
+            told = self._recorder is not None and self._recorder.stopped is not None
+            log.log(logging.DEBUG if told else logging.WARNING, "gradflow failed; training goes on", exc_info=True)
             return None

@@ -134,19 +134,19 @@ def may_fuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _push_below(mode: TorchFunctionMode) -> None:
     """Put a mode under all others that are open."""
     others = _popped()
-    _push_mode(mode)
+    _push_mode(mode)  # type: ignore[no-untyped-call]
     for other in others:
-        _push_mode(other)
+        _push_mode(other)  # type: ignore[no-untyped-call]
 
 
 def _take_off(mode: TorchFunctionMode) -> None:
     """Take a mode off the stack, wherever it lies."""
     for other in _popped():
         if other is not mode:
-            _push_mode(other)
+            _push_mode(other)  # type: ignore[no-untyped-call]
 
 
 def _popped() -> list[TorchFunctionMode]:
     """Empty the stack; what was on it, bottom first."""
     count = torch._C._len_torch_function_stack()  # noqa: SLF001
-    return [_pop_mode() for _ in range(count)][::-1]
+    return [_pop_mode() for _ in range(count)][::-1]  # type: ignore[no-untyped-call]

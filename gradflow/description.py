@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gradflow import __version__
+from gradflow import __version__, manifest
+from gradflow.errors import RunError
 from gradflow.parameter_taps import parameter_names
 from gradflow.records import Branch, Layer, Parameter, Problem, Stream
+from gradflow.storage import open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.optim import Optimizer
 
@@ -33,13 +37,33 @@ class Description:
         self.streams: dict[str, Stream] = {}
         self.layers: dict[str, Layer] = {}
         self.problems: dict[tuple[str, str, str], Problem] = {}
-        self._known: set[int] = set()
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def resume(self, path: str) -> None:
+        """Go on with what `run.json` of the run at `path` says; where it cannot be read, start afresh."""
+        try:
+            meta = manifest.complete(manifest.parse(open_storage(path).read(manifest.FILE), path), [])
+        except (OSError, RunError):
+            return
+        if meta["run_id"] != self.run_id:
+            return
+        self.branches = {branch.name: branch for branch in manifest.branches(meta, [])}
+        self.streams = {stream.name: stream for stream in manifest.streams(meta, [])}
+        self.layers = {layer.name: layer for layer in manifest.layers(meta, [])}
+        for found in meta["problems"]:
+            self._problem(Problem(*(str(found.get(key, "")) for key in ("what", "where", "reason"))))
+        if isinstance(meta["stopped"], Mapping):
+            before = meta["stopped"]
+            reason = f"stopped at step {before.get('step')} ({before.get('error')}), and went on when training resumed"
+            self._problem(Problem("recording", "", reason))
+        self.started = str(meta["started"] or self.started)
+
+    def _problem(self, problem: Problem) -> None:
+        self.problems.setdefault((problem.what, problem.where, problem.reason), problem)
 
     def add(self, structures: Iterable[Structure], layers: dict[str, Layer]) -> None:
         """Enter what one sampled step met; what is known already stays as it was."""
         for structure in structures:
-            if id(structure) in self._known:  # structures live as long as the plans do, which is as long as the run
-                continue
             for branch in structure.branches:
                 self.branches.setdefault(branch.name, branch)
             for stream in structure.streams:
@@ -47,7 +71,7 @@ class Description:
                 if known is None or len(known.points) < len(stream.points):
                     self.streams[stream.name] = stream
             for problem in structure.problems:
-                self.problems.setdefault((problem.what, problem.where, problem.reason), problem)
+                self._problem(problem)
         for name, layer in layers.items():
             self.layers.setdefault(name, layer)
 
@@ -61,6 +85,7 @@ class Description:
             "branches": _plainly(self.branches), "streams": _plainly(self.streams), "layers": _plainly(self.layers),
             "parameters": [asdict(parameter) for parameter in _parameters(model, optimizers)],
             "optimizers": [_optimizer(optimizer) for optimizer in optimizers], "config": self.config,
+            "started": self.started,
             "stopped": stopped, "problems": _plainly(self.problems),
         }  # fmt: skip
 

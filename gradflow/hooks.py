@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 Edge = tuple[Any, int]
 """An autograd node and the number of its output."""
 _WALK_LIMIT = 2048
+_MOST_VIEWS = 4
+_RESHAPES = frozenset({
+    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1",
+    "UnsqueezeBackward0", "AliasBackward0",
+})  # fmt: skip
+_MOVES = frozenset({"TransposeBackward0", "PermuteBackward0", "TBackward0"})
 
 
 @contextmanager
@@ -47,6 +53,7 @@ class Hooks:
     def __init__(self, on_error: Callable[[Exception], None]) -> None:
         self._handles: list[RemovableHandle] = []
         self._on_error = on_error
+        self.live = True  # False while gradients run that are not those of the loss (a gradient penalty's inner ones)
         self._last: tuple[Tensor, Tensor] | None = None
 
     def gradient(self, edge: Edge, use: Callable[[Tensor], None]) -> None:
@@ -77,6 +84,8 @@ class Hooks:
         return self._last[1]
 
     def _run(self, use: Callable[[Tensor], None], gradient: Tensor) -> None:
+        if not self.live:
+            return
         try:
             with undisturbed():
                 use(gradient)
@@ -94,8 +103,9 @@ def inputs_reaching(node: Any, position: int, target: Edge) -> list[Edge] | None
     """Where the path that leaves autograd node `node` at input `position` arrives at `target`.
 
     Each result is a node and the number of its input that is `target`; the gradients sent there add up to what comes
-    back along the path. Empty if no gradient goes from one to the other; None if the graph is too large to tell.
+    back along the path. Empty if no gradient goes from one to the other; None if the graph cannot tell.
     """
+    node = _overwriter(node)
     if position >= len(node.next_functions) or len(node.next_functions) > 2:
         return None
     found: list[Edge] = []
@@ -116,3 +126,30 @@ def inputs_reaching(node: Any, position: int, target: Edge) -> list[Edge] | None
                 return None
             queue.extend((function, i) for i in range(len(function.next_functions)))
     return found
+
+
+def _overwriter(node: Any) -> Any:
+    """The node that reads the operands of an operation: an in-place one on a view stands behind the view's node."""
+    if len(node.next_functions) == 1:
+        behind = node.next_functions[0][0]
+        if behind is not None and "CopySlices" in behind.name():
+            return behind
+    return node
+
+
+def behind_views(edge: Edge) -> Iterator[tuple[Edge, bool]]:
+    """The tensors that a tensor is a view of, and whether their elements stand in the same order.
+
+    Autograd leads past the views of a tensor that is overwritten in place: its gradient is complete only behind them.
+    """
+    ordered = True
+    for _ in range(_MOST_VIEWS):
+        name = edge[0].name()
+        if name not in _RESHAPES and name not in _MOVES:
+            return
+        ordered = ordered and name in _RESHAPES
+        before = edge[0].next_functions[0]
+        if before[0] is None:
+            return
+        edge = before
+        yield edge, ordered

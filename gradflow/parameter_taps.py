@@ -9,7 +9,7 @@ from torch import nn
 from gradflow import statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
     from torch import Tensor
 
@@ -36,7 +36,7 @@ def _local(x: Tensor) -> Tensor:
 
 
 class ParameterTaps:
-    """The parameters of one sampled step. Weights are copied at its start (for `updates`): it costs their memory again."""
+    """The parameters of one sampled step. Weights are copied at its start (for `updates`): their memory once more."""
 
     def __init__(self, model: nn.Module, buffer: Buffer, *, updates: bool = True) -> None:
         self._buffer = buffer
@@ -56,16 +56,29 @@ class ParameterTaps:
             if self._updates and parameter.requires_grad:
                 self._before[name] = weight.clone()
 
-    def gradients(self, of: Iterable[Tensor] | None = None) -> set[str]:
+    def names(self, of: Iterable[Tensor]) -> set[str]:
+        """Names of those among some tensors that are parameters measured here."""
+        return {self._by_id[id(p)] for p in of if id(p) in self._by_id}
+
+    def of(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """The parameters of these names."""
+        return [self._parameters[name] for name in names]
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """Names of the parameters whose gradient has been measured."""
+        return frozenset(self._gradients)
+
+    def gradients(self, of: Iterable[Tensor] | None = None, *, besides: Container[str] = ()) -> set[str]:
         """Measure the gradients as they stand, of all parameters or of some; later calls replace earlier ones.
 
         The names of those measured.
         """
-        names = self._parameters if of is None else [self._by_id[id(p)] for p in of if id(p) in self._by_id]
+        names = self._parameters if of is None else self.names(of)
         measured = set()
         for name in names:
             gradient = self._parameters[name].grad
-            if gradient is not None:
+            if gradient is not None and name not in besides:
                 self._gradients[name] = _measured(_local(gradient))
                 measured.add(name)
         return measured

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 from uuid import uuid4
 
@@ -18,7 +18,9 @@ from gradflow.directories import new_directory
 from gradflow.errors import GradflowError, UsageError
 from gradflow.headline import headline
 from gradflow.recording import Finished, StepInProgress
+from gradflow.scaling import is_scaled, loss_scale
 from gradflow.schema import TABLES
+from gradflow.stepping import OptimizerHooks
 from gradflow.store import Run, load
 from gradflow.taps import Plans
 from gradflow.writer import RunWriter
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch.optim import Optimizer
-    from torch.utils.hooks import RemovableHandle
 
 log = logging.getLogger("gradflow")
 
@@ -97,7 +98,7 @@ class Recorder:
         self.on_rows: Callable[[int, dict[str, float]], None] | None = None
         self.stopped: dict[str, Any] | None = None
         path = "gradflow" if dirpath is None else dirpath
-        self.dirpath = new_directory(path) if claim else os.fspath(path)
+        self.dirpath = new_directory(_absolute(path)) if claim else _absolute(path)
         self.description = Description(run_id or uuid4().hex, _config(self), dict(info or {}))
         self._writer = RunWriter(self.dirpath, rank=rank)
         self._plans = Plans()
@@ -106,7 +107,11 @@ class Recorder:
         self._finished: list[Finished] = []
         self._flushed_at = time.monotonic()
         self._error: Exception | None = None
-        self._handles: list[RemovableHandle] = []
+        self._hooks: OptimizerHooks | None = None
+        self._again = True
+        if run_id is not None:
+            self.description.resume(self.dirpath)
+        self._writer.write_meta(self._meta())
 
     # ------------------------------------------------------------------ any training loop
 
@@ -114,7 +119,6 @@ class Recorder:
     def step(self) -> Iterator[None]:
         """One optimizer step: forward, backward and `optimizer.step()` run inside."""
         self.begin(self.count)
-        self._hook_optimizers()
         try:
             yield
         except BaseException:
@@ -128,26 +132,6 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _hook_optimizers(self) -> None:
-        """Their arithmetic is no pass; gradients are measured when they step if no backward pass was seen."""
-        current = self._current
-        if current is None:
-            return
-
-        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not args and not kwargs:  # a closure runs its passes inside `step`
-                current.rest()
-                if current.microbatches == 0:
-                    self.gradients(optimizer)
-
-        def after(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-            if self._current is current:
-                current.watch()
-
-        for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(before))
-            self._handles.append(optimizer.register_step_post_hook(after))
-
     # ------------------------------------------------------------------ one call an event, for adapters
 
     @property
@@ -160,17 +144,35 @@ class Recorder:
         """The sampled step in progress, None between steps and in steps that are not sampled."""
         return self._current
 
-    def begin(self, step: int) -> None:
-        """An optimizer step begins; `step` is the number its rows will carry."""
+    def begin(self, step: int, *, again: bool = True) -> None:
+        """An optimizer step begins; `step` is the number its rows will carry.
+
+        `again` says that another pass may follow when an optimizer has stepped (loops by hand, several optimizers).
+        """
         self._open = True
         if self.stopped is not None or not is_sampled(self.count, self.every_n_steps):
             return
-        with self._faults():
+        with self._faults(step):
+            self._again = again
             self._current = StepInProgress(
                 self.model, step, self._plans, rows=self.rows, tables=self.tables, on_error=self._noted,
                 scale=lambda: loss_scale(self.scaler),
             )  # fmt: skip
+            self._hooks = OptimizerHooks(
+                self.optimizers, before=self._before_step, after=self._after_step, watch=self.watch, rest=self.rest
+            )
             self._current.start(self._learning_rate())
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """An optimizer's arithmetic is no pass, and what it is given stands."""
+        self.rest()
+        if self._current is not None and self._again:
+            with self._faults():
+                self._current.settle(_parameters_of(optimizer), scaled=is_scaled(self.scaler, optimizer))
+
+    def _after_step(self, _optimizer: Optimizer) -> None:
+        if self._again:
+            self.watch()
 
     def watch(self) -> None:
         """What runs from here belongs to a pass (another micro-batch of the step)."""
@@ -199,44 +201,48 @@ class Recorder:
         """The gradients stand as backward left them (of one optimizer's parameters, or of all)."""
         if self._current is not None:
             with self._faults():
-                parameters = None
-                if optimizer is not None:
-                    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                parameters = None if optimizer is None else _parameters_of(optimizer)
                 self._current.gradients(parameters, scaled=is_scaled(self.scaler, optimizer))
 
     def end(self, *, trained: bool = True) -> None:
         """The optimizer step is over. A step without a backward pass (`trained` is False) leaves nothing."""
         self._open = False
-        current, self._current = self._current, None
+        current = self._current
         if current is None:
             self.count += trained
             return
-        with self._faults(current):
-            self._unhook_optimizers()
+        with self._faults():
+            self._unhook()
             if current.microbatches == 0:
                 current.abandon()
-                return
-            self.count += 1
-            self._finished.append(current.finish())
+            else:
+                self._finished.append(current.finish())
             self._raise_noted()
-            due = time.monotonic() - self._flushed_at > FLUSH_SECONDS
-            if len(self._finished) >= FLUSH_STEPS or due:
-                self.flush()
+        self.count += current.microbatches > 0
+        self._current = None
+        due = len(self._finished) >= FLUSH_STEPS or time.monotonic() - self._flushed_at > FLUSH_SECONDS
+        if self._finished and due:
+            self.flush()
 
     def abort(self) -> None:
         """The step failed: nothing of it is kept, nothing of ours stays on the model."""
         self._open = False
         current, self._current = self._current, None
+        self._error = None
         if current is not None:
-            with self._faults():
-                self._unhook_optimizers()
-                current.abandon()
+            with self._faults(current.step):
+                try:
+                    self._unhook()
+                finally:
+                    current.abandon()
 
     def flush(self) -> None:
         """Write what was measured."""
         self._flushed_at = time.monotonic()
         finished, self._finished = self._finished, []
-        with self._faults():
+        if not finished or self.stopped is not None:
+            return
+        with self._faults(finished[0].step):
             tables: dict[str, list[dict[str, Any]]] = {}
             for step in finished:
                 self.description.add(step.structures, step.layers)
@@ -256,17 +262,15 @@ class Recorder:
     def close(self) -> None:
         """Write everything; the recorder can go on afterwards."""
         self.abort()
-        if self.stopped is None:
-            self.flush()
+        self.flush()
 
     @property
     def run(self) -> Run:
         """What has been recorded so far."""
-        if self.stopped is None:
-            self.flush()
+        self.flush()
         try:
             return load(self.dirpath)
-        except GradflowError:
+        except (GradflowError, OSError):
             return Run(self._meta(), {})
 
     # ------------------------------------------------------------------ inside
@@ -277,9 +281,10 @@ class Recorder:
     def _learning_rate(self) -> Any:
         return self.optimizers[0].param_groups[0].get("lr") if self.optimizers else None
 
-    def _unhook_optimizers(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def _unhook(self) -> None:
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.remove()
 
     def _noted(self, error: Exception) -> None:
         """Keep the first fault that a hook reported until the step ends: inside the pass nothing may be torn down."""
@@ -292,27 +297,38 @@ class Recorder:
             raise error
 
     @contextmanager
-    def _faults(self, current: StepInProgress | None = None) -> Iterator[None]:
-        """A fault of ours ends the recording, not the training."""
+    def _faults(self, step: int | None = None) -> Iterator[None]:
+        """A fault of ours ends the recording, not the training. `step` is the first step that it costs."""
         try:
             yield
         except Exception as error:
-            failed = current or self._current
-            self._stop(error, self.count if failed is None else failed.step, failed)
+            if step is None:
+                step = self.count if self._current is None else self._current.step
+            self._stop(error, step)
             if self.strict:
                 raise
 
-    def _stop(self, error: Exception, step: int, current: StepInProgress | None) -> None:
+    def _stop(self, error: Exception, step: int) -> None:
+        """Recording is off for good: say so, once, and leave the model as it was found."""
         if self.stopped is not None:
             return
-        self.stopped = {"step": step, "error": f"{type(error).__name__}: {error}"}
-        self._current, self._finished = None, []
+        lost = min([step, *(waiting.step for waiting in self._finished)])
+        self.stopped = {"step": lost, "error": f"{type(error).__name__}: {error}"}
+        current, self._current, self._finished = self._current, None, []
         if not self.strict:
-            log.warning("gradflow stopped recording at step %d; training goes on", step, exc_info=error)
+            log.warning("gradflow stopped recording at step %d; training goes on", lost, exc_info=error)
         try:
-            self._unhook_optimizers()
+            self._unhook()
+        finally:
+            self._abandoned(current)
+
+    def _abandoned(self, current: StepInProgress | None) -> None:
+        try:
             if current is not None:
                 current.abandon()
+        except Exception:
+            log.debug("a step could not be abandoned", exc_info=True)
+        try:
             self._writer.write_meta(self._meta())
         except Exception:
             log.debug("run.json could not say that recording stopped", exc_info=True)
@@ -325,22 +341,6 @@ def chosen_tables(tables: Literal["all"] | Iterable[str]) -> frozenset[str]:
     if unknown:
         raise UsageError(f"expected tables among {', '.join(TABLES)}, got {', '.join(sorted(map(str, unknown)))}")
     return frozenset(names)
-
-
-def loss_scale(scaler: Any) -> Tensor | float | None:
-    """The scale that a GradScaler multiplies losses by, as a tensor on the device; None without one."""
-    if scaler is None or not scaler.is_enabled():
-        return None
-    scale: Tensor | None = getattr(scaler, "_scale", None)
-    return float(scaler.get_scale()) if scale is None else scale
-
-
-def is_scaled(scaler: Any, optimizer: Any) -> bool:
-    """Whether the loss scale is still in the gradients of an optimizer (it unscales inside its own step)."""
-    if scaler is None or not scaler.is_enabled():
-        return False
-    state = scaler._per_optimizer_states.get(id(optimizer)) if optimizer is not None else None  # noqa: SLF001
-    return state is None or getattr(state.get("stage"), "name", "") == "READY"
 
 
 def _listed(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
@@ -356,7 +356,14 @@ def _positive(name: str, value: int) -> int:
 
 
 def _config(recorder: Recorder) -> dict[str, Any]:
-    return {
-        "every_n_steps": recorder.every_n_steps, "rows": recorder.rows, "tables": sorted(recorder.tables),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    return {"every_n_steps": recorder.every_n_steps, "rows": recorder.rows, "tables": sorted(recorder.tables)}
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """A path that stays the same when the process changes its working directory; URLs as they are."""
+    text = os.fspath(path)
+    return text if "://" in text else str(Path(text).absolute())

@@ -127,6 +127,7 @@ class StepInProgress:
         self._fresh_window = True
         self._loss: Tensor | None = None
         self._scaled: set[str] = set()
+        self._settled: set[str] = set()
         self._stance: Any = None
         wants_taps = bool(tables & {"branches", "streams", "layers"})
         self._taps: Taps | None = None
@@ -151,20 +152,22 @@ class StepInProgress:
         """Open the mode: what runs from here is part of a pass. Compiled code runs eagerly meanwhile."""
         if self._watching or self._taps is None:
             return
+        self._watching = True  # first: an interrupt in what follows must find something to close
         if "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
         self._taps.tracer.__enter__()
-        self._watching = True
 
     def rest(self) -> None:
         """Close the mode."""
         if not self._watching or self._taps is None:
             return
-        self._watching = False
-        self._taps.tracer.__exit__(None, None, None)
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        try:
+            self._taps.tracer.__exit__(None, None, None)
+        finally:
+            stance, self._stance = self._stance, None
+            if stance is not None:
+                stance.__exit__(None, None, None)
+            self._watching = False
 
     def backward(self, loss: Tensor | None, scale: Tensor | float | None) -> None:
         """A backward pass of `loss` is about to run: the pass is complete. `scale` is the AMP scale that is in it."""
@@ -181,12 +184,9 @@ class StepInProgress:
                 self._buffer.put("steps", "", {"loss_scale": scale.clone() if isinstance(scale, Tensor) else scale})
         self.close_pass()
 
-    def _seen_backward(self, loss: Tensor | None, counts: bool) -> None:
-        """A backward pass was seen by the mode itself: the training loop is not ours and tells nothing."""
-        if counts:
-            self.backward(loss, self.scale())
-        else:
-            self.close_pass()
+    def _seen_backward(self, loss: Tensor | None) -> None:
+        """A backward pass of a training loop that is not ours and tells nothing."""
+        self.backward(loss, self.scale())
 
     def _seen_gradients(self) -> None:
         self.gradients(None, scaled=self.scale() is not None)
@@ -205,8 +205,20 @@ class StepInProgress:
         if self._parameters is None:
             return
         with undisturbed():
-            names = self._parameters.gradients(parameters)
+            names = self._parameters.gradients(parameters, besides=self._settled)
         self._scaled = (self._scaled | names) if scaled else (self._scaled - names)
+
+    def settle(self, parameters: Iterable[Tensor], *, scaled: bool) -> None:
+        """An optimizer is about to use these gradients: what was measured of them before now stays.
+
+        Those that no backward pass was seen for are measured as they stand.
+        """
+        if self._parameters is None:
+            return
+        names = self._parameters.names(parameters)
+        self._settled |= names & self._parameters.measured
+        self.gradients(self._parameters.of(names - self._settled), scaled=scaled)
+        self._settled |= names
 
     def finish(self) -> Finished:
         """The optimizer has stepped: measure the updates and send everything to the host."""

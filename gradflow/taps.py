@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.hooks import Hooks, undisturbed
-from gradflow.join_taps import JoinGradients, JoinTaps
+from gradflow.join_taps import JoinGradients, JoinTaps, closed_joins
 from gradflow.layer_taps import ACTIVATIONS, LayerTaps
 from gradflow.modules import tensors_in
 from gradflow.residuals import analyse
@@ -22,12 +22,13 @@ from gradflow.stream_taps import StreamTaps, points_besides
 from gradflow.tracing import Tracer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from gradflow.buffer import Buffer
-    from gradflow.records import Graph, Join, Node, Structure
+    from gradflow.records import Graph, Structure
 
 _ADDITIONS = frozenset({"add", "sub"})
+_when_done = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001  runs when a backward is over
 _MOST_PLANS = 64
 """Analyses remembered: a model whose control flow changes at every step must not fill the memory."""
 
@@ -41,22 +42,28 @@ class Plans:
     modules that are points of a trunk, None while no pass has been analysed.
     """
 
-    structures: dict[int, Structure] = field(default_factory=dict)
+    structures: dict[int, tuple[Structure, frozenset[int]]] = field(default_factory=dict)
     roles: dict[int, str] = field(default_factory=dict)
     points: frozenset[str] | None = None
 
-    def remember(self, fingerprint: int, graph: Graph, structure: Structure, additions: dict[int, int]) -> None:
-        """Keep the structure of a pass; `additions` maps its addition nodes to the fingerprints before them."""
+    def remember(
+        self, fingerprint: int, graph: Graph, structure: Structure, additions: dict[int, int]
+    ) -> tuple[Structure, frozenset[int]]:
+        """Keep the structure of a pass, and which of its joins are closed.
+
+        `additions` maps its addition nodes to the fingerprints before them.
+        """
         if len(self.structures) >= _MOST_PLANS:
             self.structures.clear()
             self.roles.clear()
-        self.structures[fingerprint] = structure
+        plan = self.structures[fingerprint] = (structure, closed_joins(structure, graph.nodes))
         self.points = (self.points or frozenset()) | points_besides(structure, graph.nodes, graph.calls)
         joins = {join.node for join in structure.joins}
         partial = {a.addition for join in structure.joins for a in (join.skip, *join.addends)} - joins
         for node, before in additions.items():
             role = "join" if node in joins else "partial" if node in partial else "other"
             self.roles[before] = role
+        return plan
 
 
 class Taps:
@@ -66,7 +73,7 @@ class Taps:
 
     def __init__(
         self, model: nn.Module, buffer: Buffer, plans: Plans, *, rows: int, tables: frozenset[str],
-        on_error: Callable[[Exception], None], on_backward: Callable[[Tensor | None, bool], None],
+        on_error: Callable[[Exception], None], on_backward: Callable[[Tensor | None], None],
         after_backward: Callable[[], None],
     ) -> None:  # fmt: skip
         self._on_backward = on_backward
@@ -81,12 +88,15 @@ class Taps:
         self._tables = tables
         self._on_error = on_error
         self._passes: list[StreamTaps] = []
+        self._number = 0
         self._new_pass()
 
     def _new_pass(self) -> None:
         self._joins = JoinTaps(self._rows)
         self._streams = StreamTaps(self.buffer, self.hooks, self._rows)
         self._additions: dict[int, int] = {}
+        self._number += 1
+        self.hooks.live = True
         if self.layers is not None:
             self.layers.new_pass()
 
@@ -155,6 +165,8 @@ class Taps:
         try:
             with undisturbed():
                 self._joins.release(call)
+                if self.tracer.depth == 1:
+                    self._await_backward(output)
                 out = next((t for t in tensors_in(output, 3) if t.is_floating_point()), None)
                 node = self.tracer.node_of(out) if out is not None else None
                 axis = -1 if node is None else self.tracer.nodes[node].channel_dim
@@ -169,13 +181,42 @@ class Taps:
 
     def backward(self, name: str, args: tuple[Any, ...]) -> None:
         """A backward pass starts while the mode is open (a loop that calls `loss.backward()` itself)."""
+        if name == "grad" and not any(isinstance(x, nn.Parameter) for x in tensors_in(args[1:2], 2)):
+            self.hooks.live = False  # the model asks for a derivative of its own: a gradient penalty, a physical law
+            return
         loss = args[0] if args and isinstance(args[0], Tensor) else None
-        self._on_backward(loss if name == "backward" else None, name == "backward")
+        self._on_backward(loss)
 
     def backward_done(self, name: str) -> None:
         """That backward pass is over."""
-        if name == "backward":
+        if self.hooks.live:
             self._after_backward()
+        self.hooks.live = True
+
+    def _await_backward(self, output: Any) -> None:
+        """Notice a backward pass that nobody announces (`torch.autograd.backward`) when it reaches the output."""
+        number = self._number
+
+        def began(tensor: Tensor) -> Callable[[Tensor], None]:
+            loss = tensor.detach() if tensor.numel() == 1 else None
+
+            def use(_gradient: Tensor) -> None:
+                if self._number == number:
+                    self._on_backward(loss)
+                    # twice, so that it comes after what data-parallel wrappers queue in the same backward pass
+                    _when_done(lambda: _when_done(self._measured))
+
+            return use
+
+        for tensor in tensors_in(output, 3):
+            if tensor.grad_fn is not None:
+                self.hooks.gradient((tensor.grad_fn, tensor.output_nr), began(tensor))
+
+    def _measured(self) -> None:
+        try:
+            self._after_backward()
+        except Exception as error:  # noqa: BLE001
+            self._on_error(error)
 
     def fault(self, error: Exception) -> None:
         """The trace itself failed."""
@@ -196,24 +237,21 @@ class Taps:
         if not graph.nodes or (self.structures and not graph.calls):  # what runs behind a backward is no pass
             self._new_pass()
             return
-        structure = self._plans.structures.get(fingerprint)
-        if structure is None:
-            structure = analyse(graph)
-            self._plans.remember(fingerprint, graph, structure, self._additions)
+        plan = self._plans.structures.get(fingerprint)
+        if plan is None:
+            plan = self._plans.remember(fingerprint, graph, analyse(graph), self._additions)
+        structure, closed = plan
         self.structures.append(structure)
         gradients: dict[int, JoinGradients] = {}
         for join in structure.joins:
             if "branches" in self._tables and self._joins.emit(join, self.buffer):
-                gradients[join.node] = self._attach(join, edges, graph.nodes)
+                taken = JoinGradients(join, self.buffer, self.hooks, closed=join.node in closed)
+                taken.attach(edges, graph.nodes)
+                gradients[join.node] = taken
         if "streams" in self._tables:
             self._streams.finish(structure, self._joins, gradients, edges, graph)
             self._passes.append(self._streams)
         self._new_pass()
-
-    def _attach(self, join: Join, edges: dict[int, Any], nodes: Sequence[Node]) -> JoinGradients:
-        gradients = JoinGradients(join, self.buffer, self.hooks)
-        gradients.attach(edges, nodes)
-        return gradients
 
     def finish(self) -> None:
         """The step is over: what is left to compute from gradients, and every hook off."""
