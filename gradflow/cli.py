@@ -95,7 +95,7 @@ def branches(factory: Factory, *, inputs: Inputs = None, as_json: Json = False) 
 
     One forward pass finds them, without training; what could not be followed is listed below the tree.
     """
-    from gradflow import discovery
+    from gradflow import discovery, outline
 
     subject = factories.build(factory, inputs)
     _, structure = _run_model(factory, discovery.discover, subject)
@@ -104,7 +104,7 @@ def branches(factory: Factory, *, inputs: Inputs = None, as_json: Json = False) 
             {"branches": structure.branches, "streams": structure.streams, "problems": structure.problems}
         )
     else:
-        console.say(discovery.render_tree(structure))
+        console.say(outline.render_tree(structure))
 
 
 @app.command()
