@@ -62,8 +62,8 @@ class Ledgers:
             if any(join.node not in taps.sums or branch.kind == "projection" for join in joins for branch in join.branches):
                 continue  # over a projection the stream does not go on: it is mapped
             self._signal(points[depths[0]], joins, taps)
-            if joins[0].fork in edges and all(join.node in gradients and join.node in edges for join in joins):
-                self._watch(_Piece(points[depths[-1] + 1], joins), gradients, edges, nodes[joins[0].fork].channel_dim)
+            if all(join.node in gradients and gradients[join.node].fork is not None for join in joins):
+                self._watch(_Piece(points[depths[-1] + 1], joins), gradients, edges, nodes[joins[0].fork])
 
     def _signal(self, start_point: str, joins: list[Join], taps: JoinTaps) -> None:
         """Shares of the piece's start and of every branch in the piece's end."""
@@ -82,12 +82,18 @@ class Ledgers:
             self._buffer.put("branches", name, {"signal_share": shares[i]})
 
     def _watch(
-        self, piece: _Piece, gradients: Mapping[int, JoinGradients], edges: Mapping[int, Edge], axis: int
+        self, piece: _Piece, gradients: Mapping[int, JoinGradients], edges: Mapping[int, Edge], fork: Node
     ) -> None:
         """Sample the gradients that the backward ledger is made of, as they arrive."""
 
+        start = gradients[piece.joins[0].node]
+        if start.fork is None or not start.in_order:
+            return
+
         def sampled(gradient: Tensor | None) -> Tensor | None:
-            return None if gradient is None else geometry.sample_rows(gradient, axis, self._rows)
+            if gradient is None or gradient.numel() != torch.Size(fork.shape).numel():
+                return None
+            return geometry.sample_rows(gradient.reshape(fork.shape), fork.channel_dim, self._rows)
 
         def returned(node: int) -> Callable[[Tensor | None, list[Tensor | None]], None]:
             def use(along: Tensor | None, through: list[Tensor | None]) -> None:
@@ -103,8 +109,8 @@ class Ledgers:
         def last(gradient: Tensor) -> None:
             piece.last = sampled(gradient)
 
-        self._hooks.gradient(edges[piece.joins[0].fork], first)
-        if len(piece.joins) > 1:
+        self._hooks.gradient(start.fork, first)
+        if len(piece.joins) > 1 and piece.joins[-1].node in edges:
             self._hooks.gradient(edges[piece.joins[-1].node], last)
         for join in piece.joins:
             gradients[join.node].on_return = returned(join.node)

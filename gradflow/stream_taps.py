@@ -92,8 +92,11 @@ class StreamTaps:
                 if found is not None:
                     self._buffer.put("streams", name, {"n": float(found.n), "out_sq": found.square})
                     measured.append((name, found.swapped() if sequence_first else found))
-                if node in edges:
-                    self._hooks.gradient(edges[node], self._gradient_of(name))
+                edge = edges.get(node)
+                if depth == 0 and stream.kind == "stream" and stream.nodes[1] in gradients:
+                    edge = gradients[stream.nodes[1]].fork
+                if edge is not None:
+                    self._hooks.gradient(edge, self._gradient_of(name))
             if stream.kind == "stream":
                 self.ledgers.open(stream, by_node, joins, gradients, edges, graph.nodes)
         self._geometry(measured)
