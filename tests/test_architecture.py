@@ -37,7 +37,7 @@ LEVELS = [
         "grids",
     ],
     [
-        "buffer hooks join_taps ledgers layer_taps parameter_taps stream_taps taps description recording scaling recorder",
+        "buffer hooks join_taps ledgers layer_taps parameter_taps stream_taps taps description recording scaling stepping recorder",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
         rules.signals rules.tokens rules.units rules""",
