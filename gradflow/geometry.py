@@ -15,7 +15,7 @@ _FEWEST_POSITIONS = 16
 """Positions taken from each sequence before more sequences are taken: cosines need several of one sequence."""
 
 
-def _spread(length: int, count: int, device: torch.device) -> Tensor:
+def spread(length: int, count: int, device: torch.device) -> Tensor:
     """`count` indices spread evenly over `length`, first and last included."""
     return (torch.arange(count, device=device) * (length - 1) // max(count - 1, 1)).long()
 
@@ -39,7 +39,7 @@ def sample_rows(x: Tensor, channel_dim: int, rows: int) -> Tensor | None:
     sequences, positions = x.shape[0], x.shape[1]
     if sequences * positions > rows:
         take = min(positions, max(rows // sequences, min(_FEWEST_POSITIONS, rows)))
-        x = x[: max(rows // take, 1)].index_select(1, _spread(positions, take, x.device))
+        x = x[: max(rows // take, 1)].index_select(1, spread(positions, take, x.device))
     return statistics.wide(x.clone())
 
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from gradflow.buffer import Transfer
     from gradflow.records import Layer, Structure
 
-_NAME_COLUMN = {"branches": "branch", "layers": "layer", "parameters": "parameter"}
+_NAME_COLUMN = {"branches": "branch", "layers": "layer", "parameters": "parameter", "attention": "layer"}
 _COUNTS = frozenset({"n", "zeros", "saturated", "dead_units", "units", "nonfinite", "grad_zeros", "depth"})
 _RATIOS = frozenset({
-    "token_cosine", "effective_rank", "kurtosis", "max_over_median", "signal_share", "gradient_share",
+    "entropy", "entropy_min", "logit_max", "keys", "token_cosine", "effective_rank", "kurtosis", "max_over_median", "signal_share", "gradient_share",
 })  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class Finished:
             cells.setdefault((table, name), {})[column] = value
         head = cells.pop(("steps", ""), {})
         scale = head.get("loss_scale", 1.0) or 1.0
-        rows: dict[str, list[Row]] = {"branches": [], "layers": [], "parameters": [], "streams": []}
+        rows: dict[str, list[Row]] = {"branches": [], "layers": [], "parameters": [], "streams": [], "attention": []}
         for (table, name), row in cells.items():
             unscaled = scale if table != "parameters" or name in self.scaled else 1.0
             rows[table].append({"step": self.step, **_named(table, name), **_settled(row, unscaled)})
@@ -129,7 +129,7 @@ class StepInProgress:
         self._scaled: set[str] = set()
         self._settled: set[str] = set()
         self._stance: Any = None
-        wants_taps = bool(tables & {"branches", "streams", "layers"})
+        wants_taps = bool(tables & {"branches", "streams", "layers", "attention"})
         self._taps: Taps | None = None
         if wants_taps:
             self._taps = Taps(

@@ -115,8 +115,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _key("layer", "string", "name of the attention call"),
         _other("entropy", "mean", "mean over sampled heads and queries of −Σ p ln p", "nat"),
         _other("entropy_min", "min", "smallest mean entropy of one head", "nat"),
-        _other("logit_max", "max", "largest |logit| on the sample"),
-        _other("keys", "max", "keys that a query can attend to, mean over the sample"),
+        _other("logit_max", "max", "largest logit on the sample, as it enters the softmax, masked keys left out"),
+        _other("keys", "mean", "keys that a query can attend to, mean over the sample"),
     ),
     "streams": (
         STEP,

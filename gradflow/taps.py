@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradflow.attention_taps import ATTENTION, AttentionTaps
 from gradflow.hooks import Hooks, undisturbed
 from gradflow.join_taps import JoinGradients, JoinTaps, closed_joins
 from gradflow.layer_taps import ACTIVATIONS, LayerTaps
@@ -69,7 +70,7 @@ class Plans:
 class Taps:
     """The observer of one sampled step (see `tracing.Observer`)."""
 
-    watches = _ADDITIONS | ACTIVATIONS
+    watches = _ADDITIONS | ACTIVATIONS | ATTENTION
 
     def __init__(
         self, model: nn.Module, buffer: Buffer, plans: Plans, *, rows: int, tables: frozenset[str],
@@ -82,6 +83,7 @@ class Taps:
         self.hooks = Hooks(on_error)
         self.buffer = buffer
         self.structures: list[Structure] = []
+        self.attention = AttentionTaps(buffer) if "attention" in tables else None
         self.layers = LayerTaps(buffer, self.hooks) if "layers" in tables else None
         self._plans = plans
         self._rows = rows
@@ -149,6 +151,8 @@ class Taps:
                     self._joins.after(entry, node, made.call, out)
                 elif op in ACTIVATIONS and self.layers is not None:
                     self.layers.activation(op, made.scope, made.call, out, made.channel_dim, grad=grad)
+                elif op in ATTENTION and self.attention is not None:
+                    self.attention.call(op, node, self.tracer.nodes, args, kwargs, grad=grad)
         except Exception as error:  # noqa: BLE001
             self._on_error(error)
 
@@ -237,6 +241,8 @@ class Taps:
         if not graph.nodes or (self.structures and not graph.calls):  # what runs behind a backward is no pass
             self._new_pass()
             return
+        if self.attention is not None:
+            self.attention.finish(graph.nodes)
         plan = self._plans.structures.get(fingerprint)
         if plan is None:
             plan = self._plans.remember(fingerprint, graph, analyse(graph), self._additions)

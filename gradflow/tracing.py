@@ -279,9 +279,10 @@ class Tracer(TorchFunctionMode):
                     self.observer.backward_done(what.name)
                 return
             node = self._record(what, parents, args, kwargs, out)
-            if watched is not None and node is not None and isinstance(out, Tensor) and self.observer is not None:
+            if watched is not None and node is not None and self.observer is not None:
                 ordered, rest, token = watched
-                self.observer.after(node, what.name, func, ordered, rest, out, token)
+                first = out if isinstance(out, Tensor) else tensors_in(out, 1)[0]
+                self.observer.after(node, what.name, func, ordered, rest, first, token)
         except Exception as error:  # noqa: BLE001
             self._fault(error)
 
@@ -307,7 +308,7 @@ class Tracer(TorchFunctionMode):
     def _record(
         self, what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs, out: Any
     ) -> int | None:
-        """Put an operation's result into the graph; the node of a single tensor."""
+        """Put an operation's result into the graph; the node of its (first) tensor."""
         register = self._register
         if isinstance(out, Tensor):
             inplace = what.inplace
@@ -321,10 +322,14 @@ class Tracer(TorchFunctionMode):
             return register.add(out, what.name, parents, detail, inplace=inplace)
         if isinstance(out, (tuple, list)):
             tensors = [tensor for tensor in out if isinstance(tensor, Tensor)]
-            for position, tensor in enumerate(tensors):
-                detail = {"output": position, "outputs": len(tensors)}
-                register.add(tensor, what.name, parents, detail, inplace=what.inplace)
-        elif out is None and what.inplace and args and isinstance(args[0], Tensor):  # `x[i] = y`
+            nodes = [
+                register.add(
+                    tensor, what.name, parents, {"output": position, "outputs": len(tensors)}, inplace=what.inplace
+                )
+                for position, tensor in enumerate(tensors)
+            ]
+            return nodes[0] if nodes else None
+        if out is None and what.inplace and args and isinstance(args[0], Tensor):  # `x[i] = y`
             register.add(args[0], what.name, parents, {}, inplace=True)
         return None
 

@@ -1,0 +1,185 @@
+"""Attention read from a sample of its queries: entropy, largest logit, keys. The whole matrix is never computed again.
+
+Pure functions of tensors. A sample has the shape (sequence, head, query, key): at most `QUERIES` queries a head, spread
+evenly over at most `SEQUENCES` sequences where there are more, and at most `HEADS` heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradflow import geometry, statistics
+
+QUERIES = 64
+"""Queries sampled a head."""
+FEWEST_QUERIES = 16
+"""Queries taken from each sequence before fewer sequences are taken."""
+HEADS = 32
+"""Heads sampled."""
+MASKED = -1e4
+"""Logits and mask values below this shut a key out: masks are -inf, the smallest number of a type, or -1e4 and below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Indices of a sample of attention of shape (sequence, head, query, key), on the device of the tensors."""
+
+    sequences: Tensor
+    heads: Tensor
+    queries: Tensor
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], device: torch.device) -> Sample:
+        """The sample of `shape` = (sequences, heads, queries)."""
+        sequences, heads, queries = shape
+        take = queries
+        if sequences * queries > QUERIES:
+            take = min(queries, max(QUERIES // sequences, FEWEST_QUERIES))
+        return cls(
+            geometry.spread(sequences, min(sequences, max(QUERIES // max(take, 1), 1)), device),
+            geometry.spread(heads, min(heads, HEADS), device), geometry.spread(queries, take, device),
+        )  # fmt: skip
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Sampled rows of x (sequence, head, query, any), where axes of length one stand for all: (s, h, q, any)."""
+        s, h, q = (
+            index if length > 1 else torch.zeros_like(index)
+            for index, length in zip((self.sequences, self.heads, self.queries), x.shape, strict=False)
+        )
+        return x[s[:, None, None], h[None, :, None], q[None, None, :]]
+
+
+def attention_columns(logits: Tensor, allowed: Tensor | None = None) -> dict[str, Tensor]:
+    """Columns of the `attention` table from sampled logits (sequence, head, query, key) as they enter the softmax.
+
+    entropy: mean over heads and queries of −Σ p ln p, nat, from 0 (one key) to ln(keys). entropy_min: the smallest mean
+    of one head. logit_max: largest logit among the keys that are not masked. keys: mean number of those. Queries without
+    any key are left out; NaN where none is left. `allowed` is True where a key may be attended to; logits below `MASKED`
+    are masked besides.
+    """
+    logits = statistics.wide(logits)
+    kept = logits > MASKED
+    if allowed is not None:
+        kept = kept & allowed
+    low = torch.full_like(logits, float("-inf"))
+    shown = torch.where(kept, logits, low)
+    count = kept.sum(-1).to(logits.dtype)
+    valid = count > 0
+    largest = shown.amax(-1, keepdim=True)
+    shifted = torch.where(kept, logits - largest, torch.zeros_like(logits))
+    weights = torch.where(kept, shifted.exp(), torch.zeros_like(logits))
+    total = weights.sum(-1)
+    entropy = torch.where(valid, total.log() - (weights * shifted).sum(-1) / total, torch.zeros_like(total))
+    heads = entropy.sum((0, 2)) / valid.sum((0, 2))
+    return {
+        "entropy": entropy.sum() / valid.sum(),
+        "entropy_min": torch.where(valid.any(2).any(0), heads, torch.full_like(heads, float("inf"))).amin(),
+        "logit_max": shown.amax(), "keys": count.sum() / valid.sum(),
+    }  # fmt: skip
+
+
+def of_products(
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> dict[str, Tensor]:
+    """`attention_columns` of `scaled_dot_product_attention`.
+
+    query (..., head, query, width), key (..., head, key, width) with as many heads or fewer (grouped queries). mask
+    broadcasts to (..., query, key): boolean, True where a key may be attended to, or added to the logits.
+    """
+    query, key = _four(query), _four(key)
+    sample = Sample.of(tuple(query.shape[:3]), query.device)
+    groups = query.shape[1] // max(key.shape[1], 1)
+    taken = key[sample.sequences[:, None], (sample.heads // groups)[None, :]]
+    rows = statistics.wide(sample.rows(query))
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = rows @ statistics.wide(taken).to(rows.dtype).mT * factor
+    allowed = None
+    if causal:
+        allowed = torch.arange(key.shape[2], device=key.device) <= sample.queries[:, None]
+    if mask is not None:
+        shown = sample.rows(_four(mask.detach()).expand(-1, -1, *query.shape[2:3], -1))
+        if mask.dtype == torch.bool:
+            allowed = shown if allowed is None else shown & allowed
+        else:
+            logits = logits + shown.to(logits.dtype)
+    return attention_columns(logits, allowed)
+
+
+def of_logits(logits: Tensor) -> dict[str, Tensor]:
+    """`attention_columns` of logits (..., head, query, key) that a softmax over the last axis took."""
+    logits = _four(logits)
+    return attention_columns(Sample.of(tuple(logits.shape[:3]), logits.device).rows(logits))
+
+
+def of_projections(call: dict[str, Any]) -> dict[str, Tensor]:
+    """`attention_columns` of `torch.nn.functional.multi_head_attention_forward`, from its arguments by name.
+
+    Sampled queries, and the keys of the sampled sequences, are projected again.
+    """
+    query, key = (x.detach() if x.dim() == 3 else x.detach().unsqueeze(1) for x in (call["query"], call["key"]))
+    length, count, width = query.shape
+    heads = call["num_heads"]
+    sample = Sample.of((count, heads, length), query.device)
+    (query_weight, query_bias), (key_weight, key_bias) = _projections(call, width)
+    rows = _mapped(query[sample.queries][:, sample.sequences], query_weight, query_bias)
+    keys = _mapped(key[:, sample.sequences], key_weight, key_bias)
+    extra = 0
+    if call.get("bias_k") is not None:
+        keys = torch.cat([keys, statistics.wide(call["bias_k"]).to(keys.dtype).expand(1, keys.shape[1], -1)])
+        extra += 1
+    if call.get("add_zero_attn"):
+        keys = torch.cat([keys, torch.zeros_like(keys[:1])])
+        extra += 1
+    rows, keys = (x.unflatten(2, (heads, -1)).permute(1, 2, 0, 3)[:, sample.heads] for x in (rows, keys))
+    logits = rows @ keys.mT * rows.shape[-1] ** -0.5
+    allowed = None
+    for mask in _masks(call, count, heads):
+        shown = sample.rows(mask)
+        shut = torch.nn.functional.pad(shown, (0, extra))
+        if shown.dtype == torch.bool:
+            allowed = ~shut if allowed is None else allowed & ~shut
+        else:
+            logits = logits + shut.to(logits.dtype)
+    return attention_columns(logits, allowed)
+
+
+def _projections(call: dict[str, Any], width: int) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    bias = call["in_proj_bias"]
+    biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
+    if call.get("use_separate_proj_weight"):
+        return (call["q_proj_weight"], biases[0]), (call["k_proj_weight"], biases[1])
+    weight = call["in_proj_weight"]
+    return (weight[:width], biases[0]), (weight[width : 2 * width], biases[1])
+
+
+def _mapped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight = statistics.wide(x), statistics.wide(weight)
+    out = x.to(weight.dtype) @ weight.mT
+    return out if bias is None else out + statistics.wide(bias)
+
+
+def _masks(call: dict[str, Any], count: int, heads: int) -> list[Tensor]:
+    """Masks as (sequence, head, query, key); True shuts a key out."""
+    found = []
+    mask, padding = call.get("attn_mask"), call.get("key_padding_mask")
+    if mask is not None:
+        mask = mask.detach()
+        found.append(mask.view(count, heads, *mask.shape[1:]) if mask.shape[0] == count * heads and mask.dim() == 3 else _four(mask))
+    if padding is not None:
+        padding = padding.detach() if padding.dim() == 2 else padding.detach().unsqueeze(0)
+        found.append(padding[:, None, None, :])
+    return [mask != 0 if not mask.is_floating_point() else mask for mask in found]
+
+
+def _four(x: Tensor) -> Tensor:
+    """(..., head, query, any) as four axes: the first counts sequences, all between it and the last two are heads."""
+    x = x.detach()
+    if x.dim() > 4:
+        return x.flatten(1, -3)
+    while x.dim() < 4:
+        x = x.unsqueeze(0)
+    return x
