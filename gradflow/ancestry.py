@@ -49,6 +49,7 @@ class Ancestry:
         data: Whether it carries a signal: a floating-point input, or what a learned operation made of an input.
         weighty: Whether it stems from parameters (or unnamed tensors from outside) alone: it can be a weight.
         consumers: Nodes that read it.
+        twins: For a slice, an earlier slice of the same tensor by the same index: the same values.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -62,6 +63,7 @@ class Ancestry:
         self.parametric = [False] * count
         self.learned = [False] * count
         self.consumers: list[list[int]] = [[] for _ in range(count)]
+        self.twins: dict[int, int] = {}
         self._identity: dict[int, int | None] = {}
         self._chains: dict[int, tuple[int, ...]] = {}
         for node in graph.nodes:
@@ -83,6 +85,9 @@ class Ancestry:
             return
         self.data[index] = any(self.data[p] for p in parents) or (learned and self.from_input[index])
         ancestors = through = 0
+        if node.op in families.SLICES and (twin := self._twin(node)) is not None:
+            self.twins[index] = twin
+            parents = (*parents, twin)
         for parent in parents:
             if not self.nodes[parent].floating:
                 continue
@@ -163,7 +168,7 @@ class Ancestry:
             return self._shifted(node)
         if op in families.SLICES:
             whole = size(node.shape) == size(self.nodes[first].shape) and node.detail.get("outputs", 1) == 1
-            return first if whole and len(parents) == 1 else self._twin(node)
+            return first if whole and len(parents) == 1 else self.twins.get(node.index)
         if op in families.POOLED:
             return first if node.shape and node.detail.get("output", 0) == 0 and len(parents) == 1 else None
         if op == "cat":  # padding, or a few tokens put in front
@@ -181,7 +186,7 @@ class Ancestry:
         return None
 
     def _twin(self, node: Node) -> int | None:
-        """An earlier slice of the same tensor by the same index: it holds the same values."""
+        """The earliest slice of the same tensor by the same index."""
         if "index" not in node.detail or len(node.parents) != 1:
             return None
         for other in self.consumers[node.parents[0]]:

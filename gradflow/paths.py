@@ -86,7 +86,14 @@ def is_learned_twice(facts: Ancestry, fork: int, branch: int) -> bool:
 
 
 def _is_gate(facts: Ancestry, index: int) -> bool:
-    return any(facts.nodes[c].op in families.GATES for c in facts.chain(index))
+    """Whether a factor is a sigmoid's or a softmax's output, or a slice of one."""
+    current: int | None = index
+    while current is not None:
+        node = facts.nodes[current]
+        if node.op in families.GATES:
+            return True
+        current = node.parents[0] if node.op in families.SLICES else facts.identity_parent(current)
+    return False
 
 
 def _after(facts: Ancestry, index: int, state: int, ways: int) -> int:

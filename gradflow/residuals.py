@@ -127,7 +127,8 @@ class _Finder:
         facts, direct = self.facts, self.direct
         match = self._match(node) if self._is_sum(node) and node.index not in self.not_joins else None
         if match is None:
-            for parent in node.parents:
+            twin = facts.twins.get(node.index)
+            for parent in node.parents if twin is None else (*node.parents, twin):
                 if self.nodes[parent].floating:
                     direct[node.index] |= direct[parent] | 1 << parent
             return

@@ -1,0 +1,350 @@
+"""Traps from vision models: residual convolutions of all kinds, pyramids, encoders and decoders (see `zoo`)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo import D, Net, mlp, trap
+
+
+def image(c=D, n=8):
+    return (torch.randn(2, c, n, n),)
+
+
+def conv(i=D, o=D, k=3, s=1, **kwargs):
+    return nn.Conv2d(i, o, k, s, k // 2, **kwargs)
+
+
+def cbr(i=D, o=D, s=1, k=3):
+    return nn.Sequential(conv(i, o, k, s, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+
+
+def cb(i=D, o=D, s=1, k=3):
+    return nn.Sequential(conv(i, o, k, s, bias=False), nn.BatchNorm2d(o))
+
+
+def chain(function, *parts):
+    """A stem and one block for each dictionary of parts."""
+    return nn.Sequential(conv(), *[Net(function, **p) for p in parts])
+
+
+@trap({"1": 1, "2": 1}, projections=1)
+def basic_block():
+    """ResNet: identity in place, then a projection with stride"""
+
+    def forward(m, x):
+        out = m.f(x)
+        out += m.s(x)
+        return F.relu(out)
+
+    make = lambda i, o, s, shortcut: dict(f=nn.Sequential(cbr(i, o, s), cb(o, o)), s=shortcut)
+    return chain(forward, make(D, D, 1, nn.Identity()), make(D, 16, 2, cb(D, 16, 2, 1))), image()
+
+
+@trap({"1": 1, "2": 1}, projections=1)
+def average_pooled_shortcut():
+    """ResNet-D: pooling, then a 1x1 convolution on the skip; ResNet-A: pooling and zero channels"""
+    body = lambda: nn.Sequential(cbr(D, 16, 2), cb(16, 16))
+    a = Net(lambda m, x: F.relu(m.f(x) + m.s(F.avg_pool2d(x, 2))), f=body(), s=cb(D, 16, 1, 1))
+    down = nn.Sequential(cbr(16, D), nn.Upsample(scale_factor=2))
+    b = Net(lambda m, x: m.f(y := m.d(x)) + F.pad(F.avg_pool2d(y, 2), (0, 0, 0, 0, 4, 4)), f=body(), d=down)
+    return nn.Sequential(conv(), a, b), image()
+
+
+@trap({"1": 1, "2": 1})
+def zero_channels_by_concatenation():
+    """the skip is padded with torch.zeros by cat"""
+    pad = lambda x: torch.cat([x, torch.zeros(x.shape[0], 4, *x.shape[2:])], 1)
+    forward = lambda m, x: F.relu(m.f(x) + pad(x))
+    body = lambda i: nn.Sequential(cbr(i, i + 4), cb(i + 4, i + 4))
+    return chain(forward, dict(f=body(D)), dict(f=body(D + 4))), image()
+
+
+@trap({"1": 1, "2": 1}, projections=1)
+def pre_activation_with_blur():
+    """pre-activation; the projection is applied to the activated input, behind a fixed blur"""
+
+    def forward(m, x):
+        y = F.relu(m.n(x))
+        if not hasattr(m, "s"):
+            return x + m.f(y)
+        y = F.conv2d(y, m.blur, stride=2, padding=1, groups=y.shape[1])
+        return m.s(y) + m.f(y)
+
+    body = lambda o: nn.Sequential(conv(D, o), nn.BatchNorm2d(o), nn.ReLU(), conv(o, o))
+    net = chain(forward, dict(n=nn.BatchNorm2d(D), f=body(D)), dict(n=nn.BatchNorm2d(D), f=body(16), s=conv(D, 16, 1)))
+    net[2].register_buffer("blur", torch.full((D, 1, 3, 3), 1 / 9))
+    return net, image()
+
+
+@trap({"1": 1, "2": 1})
+def frozen_batch_norm():
+    """batch norm written out with buffers, on the branch and behind the sum"""
+
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("weight", "bias", "mean", "var"):
+                self.register_buffer(name, torch.rand(D))
+
+        def forward(self, x):
+            w, b, mean, var = (getattr(self, n).reshape(1, -1, 1, 1) for n in ("weight", "bias", "mean", "var"))
+            scale = w * (var + 1e-5).rsqrt()
+            return x * scale + (b - mean * scale)
+
+    forward = lambda m, x: F.relu(m.n2(x + m.c2(F.relu(m.n(m.c(x))))))
+    part = lambda: dict(c=conv(), n=Frozen(), c2=conv(), n2=Frozen())
+    return chain(forward, part(), part()), image()
+
+
+@trap({"1": 1, "2": 1})
+def squeeze_and_excite():
+    """the branch is scaled by a gate that it makes itself"""
+    gate = lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(D, 4, 1), nn.ReLU(), conv(4, D, 1), nn.Sigmoid())
+    forward = lambda m, x: F.relu(x + (y := m.f(x)) * m.g(y))
+    return chain(forward, *[dict(f=nn.Sequential(cbr(), cb()), g=gate()) for _ in range(2)]), image()
+
+
+@trap({"1": 1, "2": 1}, projections=1)
+def squeeze_and_excite_projection():
+    """a projection whose branch passes a gate"""
+    gate = lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(D, D, 1), nn.Sigmoid())
+    forward = lambda m, x: F.relu(m.s(x) + (y := m.f(x)) * m.g(y))
+    body = lambda: nn.Sequential(cbr(), cb())
+    return chain(forward, dict(f=body(), g=gate(), s=cb(k=1)), dict(f=body(), g=gate(), s=nn.Identity())), image()
+
+
+@trap({"1": 1, "2": 1})
+def inverted_residual():
+    """MBConv: expand, depthwise, swish gate, linear projection, drop connect"""
+
+    def forward(m, x):
+        y = m.d(F.silu(m.e(x)))
+        y = m.p(y * torch.sigmoid(m.g(y.mean((2, 3), keepdim=True))))
+        return y / 0.8 * torch.floor(torch.rand(y.shape[0], 1, 1, 1) + 0.8) + x
+
+    parts = lambda: dict(e=cb(D, 16, 1, 1), d=conv(16, 16, groups=16), g=conv(16, 16, 1), p=cb(16, D, 1, 1))
+    return chain(forward, parts(), parts()), image()
+
+
+@trap({"1": 1, "2": 1}, branches=6)
+def aggregated_paths():
+    """ResNeXt written as a sum over paths: one join, three branches"""
+    forward = lambda m, x: F.relu(x + sum(p(x) for p in m.paths))
+    paths = lambda: nn.ModuleList(nn.Sequential(cbr(D, 4), cb(4, D)) for _ in range(3))
+    return chain(forward, dict(paths=paths()), dict(paths=paths())), image()
+
+
+@trap({"1": 1, "2": 1})
+def split_attention():
+    """ResNeSt: radix splits weighted by a softmax over them"""
+
+    def forward(m, x):
+        u = torch.stack(F.relu(m.f(x)).chunk(2, 1))
+        a = m.g(u.sum(0).mean((2, 3), keepdim=True)).unflatten(1, (2, D)).softmax(1).transpose(0, 1)
+        return x + m.o((u * a).sum(0))
+
+    parts = lambda: dict(f=conv(D, 16), g=conv(D, 16, 1), o=conv(D, D, 1))
+    return chain(forward, parts(), parts()), image()
+
+
+@trap({"1": 1, "2": 1})
+def inception_residual():
+    """branches concatenated, projected, scaled by a constant and added"""
+    forward = lambda m, x: F.relu(x + 0.17 * m.o(torch.cat([m.a(x), m.b(x)], 1)))
+    parts = lambda: dict(a=cbr(D, 4, 1, 1), b=nn.Sequential(cbr(D, 4, 1, 1), cbr(4, 4)), o=conv(D, D, 1))
+    return chain(forward, parts(), parts()), image()
+
+
+@trap({"2": 1})
+def separable_convolutions():
+    """Xception's middle flow, no skip in the entry flow"""
+    body = nn.Sequential(*[n for _ in range(3) for n in (nn.ReLU(), conv(groups=D), conv(k=1), nn.BatchNorm2d(D))])
+    return nn.Sequential(conv(), cbr(), Net(lambda m, x: m.f(x) + x, f=body)), image()
+
+
+@trap()
+def channel_shuffle():
+    """ShuffleNet v2: half of the channels pass, the other half is transformed, all by concatenation"""
+
+    def forward(m, x):
+        a, b = x.chunk(2, 1)
+        y = torch.cat([a, m.f(b)], 1)
+        return y.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+
+    body = lambda: nn.Sequential(cbr(4, 4, 1, 1), cbr(4, 4))
+    return chain(forward, dict(f=body()), dict(f=body())), image()
+
+
+@trap()
+def dense_block():
+    """DenseNet"""
+    forward = lambda m, x: torch.cat([x, m.f(x)], 1)
+    return chain(forward, dict(f=cbr(D, 4)), dict(f=cbr(D + 4, 4))), image()
+
+
+@trap({"r0": 1, "r1": 1, "r2": 1}, projections=2)
+def diffusion_unet():
+    """residual blocks with a time embedding added inside, 1x1 shortcuts, skips by concatenation"""
+
+    def block(m, x, t):
+        h = m.c1(F.silu(m.n1(x))) + m.t(F.silu(t))[:, :, None, None]
+        return m.s(x) + m.c2(F.silu(m.n2(h)))
+
+    def make(i, o):
+        shortcut = conv(i, o, 1) if i != o else nn.Identity()
+        norms = dict(n1=nn.GroupNorm(2, i), n2=nn.GroupNorm(2, o))
+        return Net(block, c1=conv(i, o), c2=conv(o, o), t=nn.Linear(4, o), s=shortcut, **norms)
+
+    def forward(m, x, t):
+        angle = t[:, None] * torch.tensor([1.0, 0.1])
+        t = m.t(torch.cat([angle.sin(), angle.cos()], -1))
+        a = m.r0(m.stem(x), t)
+        b = m.r1(F.avg_pool2d(a, 2), t)
+        return m.r2(torch.cat([F.interpolate(b, scale_factor=2), a], 1), t)
+
+    parts = dict(stem=conv(), r0=make(D, D), r1=make(D, 16), r2=make(16 + D, D), t=mlp(4, 8))
+    return Net(forward, **parts), (*image(), torch.rand(2))
+
+
+@trap({"": 3})
+def encoder_decoder_sums():
+    """U-Net with additions instead of concatenations"""
+
+    def forward(m, x):
+        a = m.e0(x)
+        b = m.e1(F.max_pool2d(a, 2))
+        c = m.e2(F.max_pool2d(b, 2))
+        c = c + m.mid(c)
+        b = m.d1(F.interpolate(c, scale_factor=2)) + b
+        return m.d0(F.interpolate(b, scale_factor=2)) + a
+
+    return Net(forward, **{k: cbr() for k in ("e0", "e1", "e2", "mid", "d0", "d1")}), image()
+
+
+@trap({"": 2, "g.0": 1, "g.1": 1, "g.2": 1, "g.0.0": 1, "g.0.1": 1, "g.1.0": 1, "g.1.1": 1, "g.2.0": 1, "g.2.1": 1})
+def nested_long_skips():
+    """residual in residual in residual (RCAN), and the image itself added at the end"""
+
+    class Group(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    def forward(m, x):
+        y = m.head(x)
+        z = y
+        for g in m.g:
+            z = g(z)
+        return x + m.tail(y + m.body(z))
+
+    block = lambda: Net(lambda m, x: x + m.f(x), f=nn.Sequential(conv(), nn.ReLU(), conv()))
+    groups = nn.ModuleList(Group(block(), block(), conv()) for _ in range(3))
+    return Net(forward, head=conv(), g=groups, body=conv(), tail=conv()), image()
+
+
+@trap({"": 1, "low": 1, "r.0": 1, "r.1": 1, "low.r.0": 1, "low.r.1": 1})
+def hourglass():
+    """a recursion: the block's skip branch and the path through lower resolution are summed"""
+
+    def forward(m, x):
+        x = m.r[0](x)
+        y = F.max_pool2d(x, 2)
+        y = m.low(y)
+        return x + F.interpolate(m.r[1](y), scale_factor=2)
+
+    block = lambda: Net(lambda m, x: x + m.f(x), f=nn.Sequential(nn.ReLU(), conv(), nn.ReLU(), conv()))
+    make = lambda low: Net(forward, r=nn.ModuleList([block(), block()]), low=low)
+    return make(make(nn.Conv2d(D, D, 1))), image()
+
+
+@trap({"1": 1, "2": 1})
+def temporal_convolution():
+    """TCN: weight norm, causal padding and chomp, dropout, relu behind the sum"""
+
+    def forward(m, x):
+        y = F.dropout(F.relu(m.a(x)[..., :-2].contiguous()), 0.1)
+        y = F.dropout(F.relu(m.b(y)[..., :-2].contiguous()), 0.1)
+        return F.relu(y + x)
+
+    make = lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(D, D, 3, padding=2))
+    net = nn.Sequential(nn.Conv1d(D, D, 1), *[Net(forward, a=make(), b=make()) for _ in range(2)])
+    return net, (torch.randn(2, D, 6),)
+
+
+@trap({"1": 2, "2": 2})
+def parallel_vit_and_layer_scale():
+    """layer scale and drop path as modules around each sublayer"""
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.full((D,), 1e-5))
+
+        def forward(self, x):
+            return x * self.gamma
+
+    class DropPath(nn.Module):
+        def forward(self, x):
+            return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(0.9).div_(0.9)
+
+    def forward(m, x):
+        n = m.n1(x)
+        x = x + m.drop(m.s1(m.a(n, n, n, need_weights=False)[0]))
+        return x + m.drop(m.s2(m.f(m.n2(x))))
+
+    parts = lambda: dict(n1=nn.LayerNorm(D), n2=nn.LayerNorm(D), s1=Scale(), s2=Scale(), drop=DropPath(), f=mlp())
+    make = lambda: Net(forward, a=nn.MultiheadAttention(D, 2, batch_first=True), **parts())
+    return nn.Sequential(nn.Linear(D, D), make(), make()), (torch.randn(2, 5, D),)
+
+
+@trap({"1": 2, "2": 2})
+def shifted_windows():
+    """windows by view and permute, cyclic shift by roll, norm behind the branch (Swin v2), a learned bias"""
+
+    def window(m, x):
+        b, n, _, c = x.shape
+        w = torch.roll(x, (-1, -1), (1, 2)).view(b, n // 2, 2, n // 2, 2, c).transpose(2, 3).reshape(-1, 4, c)
+        q, k, v = m.qkv(w).chunk(3, -1)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        w = m.o((q @ k.mT * m.tau.clamp(max=4).exp() + m.bias[m.index].view(4, 4)).softmax(-1) @ v)
+        w = w.view(b, n // 2, n // 2, 2, 2, c).transpose(2, 3).reshape(b, n, n, c)
+        return torch.roll(w, (1, 1), (1, 2))
+
+    def forward(m, x):
+        x = x + m.n1(m.a(x))
+        return x + m.n2(m.f(x))
+
+    def make():
+        parts = dict(qkv=nn.Linear(D, 3 * D), o=nn.Linear(D, D), tau=nn.Parameter(torch.zeros(1, 1, 1)))
+        a = Net(window, bias=nn.Parameter(torch.randn(9)), **parts)
+        a.register_buffer("index", torch.arange(16) % 9)
+        return Net(forward, a=a, f=mlp(), n1=nn.LayerNorm(D), n2=nn.LayerNorm(D))
+
+    return nn.Sequential(nn.Linear(D, D), make(), make()), (torch.randn(2, 4, 4, D),)
+
+
+@trap({"1": 1, "2": 1})
+def additive_coupling():
+    """a flow of additive couplings over halves of the channels: by the letter a fork needs to be an ancestor"""
+
+    class Flow(nn.ModuleList):
+        def forward(self, x):
+            a, b = x.chunk(2, 1)
+            for block in self:
+                a, b = block(a, b)
+            return torch.cat([a, b], 1)
+
+    # The first sum adds to one half what depends on the other half alone.
+    return Flow(Net(lambda m, a, b: (b, a + m.f(b)), f=mlp(4)) for _ in range(3)), (torch.randn(3, D),)
+
+
+@trap({"": 1})
+def global_context():
+    """GCNet: one pooled context vector, transformed and broadcast over the image"""
+
+    def forward(m, x):
+        x = m.stem(x)
+        a = m.k(x).flatten(2).softmax(-1)
+        context = (x.flatten(2) @ a.transpose(1, 2)).unsqueeze(-1)
+        return x + m.f(context)
+
+    return Net(forward, stem=conv(), k=conv(D, 1, 1), f=nn.Sequential(conv(D, 4, 1), nn.ReLU(), conv(4, D, 1))), image()
