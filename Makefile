@@ -3,6 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= gradflow-demo
+PIP = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# The CPU build of torch is a tenth of the usual one; without an NVIDIA GPU it is all that is needed.
+CPU_BUILD := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 .PHONY: demo test test-slow lint bench wheel clean
 
 demo: $(VENV)/.ready
@@ -25,10 +28,14 @@ wheel: $(VENV)/.ready
 	$(BIN)/python -m build
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " \
+		+ sys.version.split()[0] + " from $(PYTHON); run: make PYTHON=/path/to/python3.11")'
+	@# Some systems ship Python without ensurepip: then the environment gets its pip from the system's.
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@# An index that cannot be reached must not stop the installation.
+	$(PIP) $(CPU_BUILD) --timeout 20 --retries 1 torch || $(PIP) torch
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:
