@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from gradflow import statistics
 from gradflow.records import Layer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from gradflow.buffer import Buffer
     from gradflow.hooks import Hooks
 
 ACTIVATIONS = frozenset({
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh", "sigmoid",
-    "softplus", "hardtanh", "hardsigmoid", "hardswish", "softsign", "logsigmoid", "glu", "threshold", "tanhshrink",
-    "softshrink", "hardshrink",
+    "softplus", "hardtanh", "hardsigmoid", "hardswish", "softsign", "logsigmoid", "log_sigmoid", "glu", "threshold", "tanhshrink",
+    "softshrink", "hardshrink", "special_expit", "clamp", "clamp_min",
 })  # fmt: skip
-"""Functions that count as activations, by canonical name; a module without parameters that calls one is one too."""
+"""Functions that are activations, by canonical name; a module without parameters that calls one is one too."""
+_BOUNDED_BELOW = {"clamp": "min", "clamp_min": "min"}
+"""Functions that are an activation where they cut at zero."""
+
+
+def is_activation(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is an activation function: one of `ACTIVATIONS`, and if it clamps, at zero from below."""
+    if op not in _BOUNDED_BELOW:
+        return op in ACTIVATIONS
+    low = args[1] if len(args) > 1 else kwargs.get("min")
+    return isinstance(low, (int, float)) and low == 0
 
 
 @dataclass(slots=True)
@@ -57,7 +69,8 @@ class LayerTaps:
         """Note that a module's forward begins."""
         if self._stack:
             self._running[self._stack[-1]].has_calls = True
-        plain = next(module.children(), None) is None and next(module.parameters(), None) is None
+        learned = next(module.parameters(), None) is not None and not isinstance(module, nn.PReLU)
+        plain = next(module.children(), None) is None and not learned
         self._running[call] = _Running(path, module, grad, plain)
         self._stack.append(call)
 
@@ -107,7 +120,7 @@ class LayerTaps:
         }  # fmt: skip
         if activation:
             values["saturated"] = statistics.count_saturated(out, layer.kind.lower())
-            live = statistics.live_units(out, channel_dim) if out.dim() else None
+            live = statistics.live_units(out, channel_dim) if out.dim() and out.numel() else None
             if live is not None:
                 old = self._live.get(name)
                 self._live[name] = live if old is None or old.shape != live.shape else old | live

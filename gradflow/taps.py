@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradflow.attention_taps import ATTENTION, AttentionTaps
 from gradflow.hooks import Hooks, undisturbed
 from gradflow.join_taps import JoinGradients, JoinTaps, closed_joins
-from gradflow.layer_taps import ACTIVATIONS, LayerTaps
+from gradflow.layer_taps import ACTIVATIONS, LayerTaps, is_activation
 from gradflow.modules import tensors_in
 from gradflow.residuals import analyse
 from gradflow.stream_taps import StreamTaps, points_besides
@@ -149,7 +149,7 @@ class Taps:
                     before, entry = token
                     self._additions[node] = before
                     self._joins.after(entry, node, made.call, out)
-                elif op in ACTIVATIONS and self.layers is not None:
+                elif self.layers is not None and is_activation(op, args, kwargs):
                     self.layers.activation(op, made.scope, made.call, out, made.channel_dim, grad=grad)
                 elif op in ATTENTION and self.attention is not None:
                     self.attention.call(op, node, self.tracer.nodes, args, kwargs, grad=grad)
