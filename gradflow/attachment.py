@@ -28,6 +28,10 @@ def _nothing(*_: object, **__: object) -> None:
     """What a hook of ours becomes in a copy of the model."""
 
 
+def _harmless() -> Callable[..., None]:
+    return _nothing
+
+
 class _Hook:
     """A forward hook or pre-hook that a copied or pickled model does not carry on."""
 
@@ -40,8 +44,8 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
         self._use(self._path, module, *(output or (args, kwargs)))
 
-    def __reduce__(self) -> str:
-        return "_nothing"
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _harmless, ()
 
 
 class Attachment:
@@ -86,8 +90,8 @@ class Attachment:
 
     def _hook(self, module: nn.Module) -> None:
         path = self._paths[module]
-        before = module.register_forward_pre_hook(_Hook(self._before, path), with_kwargs=True)
-        after = module.register_forward_hook(_Hook(self._exited, path), with_kwargs=True, always_call=True)
+        before = nn.Module.register_forward_pre_hook(module, _Hook(self._before, path), with_kwargs=True)
+        after = nn.Module.register_forward_hook(module, _Hook(self._exited, path), with_kwargs=True, always_call=True)
         self._handles[module] = (before, after)
 
     def _unhook(self, module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from trainings import (
     Task,
     Transformer,
     batches,
+    half,
     same,
     trained,
 )
@@ -204,7 +205,7 @@ TRAINERS = {
     "clipping by norm": {"gradient_clip_val": 0.1},
     "clipping by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
     "bf16 autocast": {"precision": "bf16-mixed"},
-    "fp16 autocast": {"precision": "16-mixed"},
+    "fp16 autocast and loss scale": {},
     "bf16 throughout": {"precision": "bf16-true"},
     "float64": {"precision": "64-true"},
     "validation inside": {"val_check_interval": 2},
@@ -223,7 +224,8 @@ def test_trainer_option_trains_to_the_same_bits(name, every, tmp_path):
     options = TRAINERS[name]
     make = lambda: Task(Transformer())
     validation = batches if "validation" in name else None
-    pair = [trained(tmp_path, make, every=e, validation=validation, **options) for e in (None, every)]
+    plugins = half if "loss scale" in name else dict
+    pair = [trained(tmp_path, make, every=e, validation=validation, **options, **plugins()) for e in (None, every)]
     _assert_same(*pair)
     torch.use_deterministic_algorithms(False)
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.hooks import RemovableHandle  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
 from gradflow.callbacks import GradientFlowMonitor
@@ -208,6 +207,11 @@ def trainer(root, *callbacks, namespace=pl, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return namespace.Trainer(**(settings | options))
+
+
+def half() -> dict:
+    """Trainer options for fp16 autocast with a loss scaler on the CPU, which Lightning would turn into bfloat16."""
+    return {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
 
 
 def fit(made, module, data=None, validation=None, **options):
