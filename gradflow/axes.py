@@ -6,6 +6,7 @@ Linear maps put the features last, convolutions at axis 1; everything else hands
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Any
 
 Shape = tuple[int, ...]
@@ -19,6 +20,7 @@ _SWAPS = frozenset({"transpose", "T", "mT"})
 _REGROUPS = frozenset({
     "flatten", "reshape", "view", "unflatten", "squeeze", "unsqueeze", "expand", "getitem", "select",
 })  # fmt: skip
+_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "prod", "logsumexp", "median", "std", "var", "norm"})
 
 
 def features_axis(op: str, args: tuple[Any, ...], before: Shape, axis: int, after: Shape) -> int:
@@ -40,6 +42,8 @@ def features_axis(op: str, args: tuple[Any, ...], before: Shape, axis: int, afte
         return _short(_swapped(args, axis, len(before)), len(after))
     if op == "permute":
         return _short(_permuted(args, axis, len(before)), len(after))
+    if op in _REDUCTIONS and len(after) < len(before):
+        return _short(_reduced(before, axis, after), len(after))
     if op in _REGROUPS:
         return _short(_regrouped(before, axis, after), len(after))
     return _short(axis, len(after)) if len(before) == len(after) else -1
@@ -59,6 +63,16 @@ def _permuted(args: tuple[Any, ...], axis: int, dims: int) -> int:
     order = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
     places = [a % dims for a in order if isinstance(a, int)]
     return places.index(axis) if axis in places else dims - 1
+
+
+def _reduced(before: Shape, axis: int, after: Shape) -> int:
+    """The axis where others were summed away: the last ones whose absence gives the new shape; else the last axis."""
+    others = [i for i in range(len(before)) if i != axis]
+    for kept in combinations(others, len(after) - 1):
+        left = sorted((*kept, axis))
+        if tuple(before[i] for i in left) == after:
+            return left.index(axis)
+    return len(after) - 1
 
 
 def _regrouped(before: Shape, axis: int, after: Shape) -> int:
