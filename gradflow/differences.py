@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from gradflow import summary
+from gradflow.readings import gradient_ratio, last_loss, median_of, output_cosine
 from gradflow.wording import MISSING, number
 
 if TYPE_CHECKING:
@@ -38,44 +36,33 @@ class Measure:
         return high - low >= self.gap * (max(abs(low), abs(high)) if self.relative else 1.0)
 
 
-def last_loss(view: View) -> float | None:
-    """Loss at the last sampled steps: the median of up to 5 of them, since single batches scatter."""
-    _, values = view.series("loss")
-    known = values[np.isfinite(values)]
-    return float(np.median(known[-min(5, max(1, len(known) // 5)) :])) if known.size else None
-
-
-def median_ratio(view: View) -> float | None:
-    """Branch over skip at the last sampled step, median over branches."""
-    _, row = summary.last_row(view, "branches", "branch_ratio")
-    known = row[np.isfinite(row)]
-    return float(np.median(known)) if known.size else None
-
-
-def median_update(view: View) -> float | None:
-    """Update over weight at the last sampled step, median over parameters."""
-    _, row = summary.last_row(view, "parameters", "update_ratio")
-    known = row[np.isfinite(row)]
-    return float(np.median(known)) if known.size else None
-
-
 MEASURES = (
     Measure("loss, last", last_loss, "The loss ends at", gap=0.03),
     Measure(
         "gradient, input over output",
-        summary.gradient_ratio,
+        gradient_ratio,
         "The gradient at the input, over that at the output, is",
         gap=0.8,
     ),
     Measure(
         "token cosine, output",
-        summary.output_cosine,
+        output_cosine,
         "The cosine between tokens at the output is",
         gap=0.1,
         relative=False,
     ),
-    Measure("branch over skip, median", median_ratio, "Branch over skip, by the median branch, is", gap=0.5),
-    Measure("update over weight, median", median_update, "Update over weight, by the median parameter, is", gap=0.67),
+    Measure(
+        "branch over skip, median",
+        lambda view: median_of(view, "branches", "branch_ratio"),
+        "Branch over skip, by the median branch, is",
+        gap=0.5,
+    ),
+    Measure(
+        "update over weight, median",
+        lambda view: median_of(view, "parameters", "update_ratio"),
+        "Update over weight, by the median parameter, is",
+        gap=0.67,
+    ),
 )
 
 

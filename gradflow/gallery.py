@@ -16,6 +16,7 @@ from gradflow import plot_style as style
 from gradflow.errors import UsageError
 from gradflow.grids import View
 from gradflow.plot_svg import new_figure, quiet, to_svg
+from gradflow.readings import ledger_streams
 from gradflow.wording import label, number, printable
 
 if TYPE_CHECKING:
@@ -64,9 +65,10 @@ class Picture:
         return any(View.of(run).has(table, column) for column in columns)
 
 
-SIGNAL, GRADIENT, TRAINING, MAPS = "Signal over depth", "Gradient over depth", "Training", "Depth by step"
+SIGNAL, GRADIENT, BOTH = "Signal over depth", "Gradient over depth", "Signal and gradient over depth"
+TRAINING, MAPS = "Training", "Depth by step"
 TOKENS, LAYERS, ATTENTION, COMPARED = "Tokens", "Layers and parameters", "Attention", "Over relative depth"
-SECTIONS = (SIGNAL, GRADIENT, TRAINING, MAPS, TOKENS, LAYERS, ATTENTION, COMPARED)
+SECTIONS = (BOTH, SIGNAL, GRADIENT, TRAINING, MAPS, TOKENS, LAYERS, ATTENTION, COMPARED)
 
 PICTURES: tuple[Picture, ...] = (
     Picture("signal-depth", SIGNAL, "Size of the stream", plot_depth.plot_signal_depth, "streams out_rms", marks=True),
@@ -121,7 +123,7 @@ def ledgers(run: Tables, most: int = 3) -> list[Picture]:
         ("signal_share", "signal-ledger", SIGNAL, "Who wrote the output", plot_time.plot_signal_ledger),
         ("gradient_share", "gradient-ledger", GRADIENT, "Which way the gradient came", plot_time.plot_gradient_ledger),
     ):
-        streams = plot_time.ledger_streams(view, column)
+        streams = ledger_streams(view, column)
         for place, stream in enumerate(streams[:most]):
             own = (f"{key}-{place}", f"{title} ({stream})") if len(streams) > 1 else (key, title)
             result.append(Picture(own[0], section, own[1], partial(plot, stream=stream), f"branches {column}"))

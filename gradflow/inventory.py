@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradflow.wording import MISSING, number
+from gradflow.wording import MISSING, Fact, number, plain, words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,14 @@ LAYER_COLUMNS = (
 PARAMETER_COLUMNS = (("weight_rms", "weight RMS"), ("grad_rms", "gradient RMS"), ("update_ratio", "update / weight"))
 
 
+DECIDING = (
+    ("measured", "measured", "quantity"),
+    ("threshold", "threshold", "threshold_from"),
+    ("expected", "expected", "expected_from"),
+)
+"""Keys of the evidence that every rule writes: key, title, and the key that explains it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A line of a table: number in order of execution, name, a few words on it, figures, numbers of its findings."""
@@ -59,6 +67,16 @@ class Inventory:
     def count(self) -> int:
         """Rows shown."""
         return sum(len(rows) for _, rows in self.groups)
+
+
+def evidence(finding: Finding) -> tuple[list[Fact], list[Fact]]:
+    """A finding's numbers: those that decide (measured, threshold, expected), then the rest; nulls are left out."""
+    left = {key: value for key, value in finding.evidence.items() if value is not None}
+    main = []
+    for key, title, note in DECIDING:
+        if key in left:
+            main.append(Fact(title, plain(left.pop(key)), plain(left.pop(note, ""))))
+    return main, [Fact(words(key), plain(value)) for key, value in left.items()]
 
 
 def branches(view: View, findings: Sequence[Finding], *, most: int = 2000) -> Inventory:

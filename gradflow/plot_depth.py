@@ -67,16 +67,8 @@ def draw_stages(view: View, ax: Axes, table: str, column: str, *, split: bool = 
 
 
 def _role_legend(ax: Axes, roles: list[str]) -> None:
-    for kind, role in enumerate(roles):
-        ax.plot(
-            [],
-            [],
-            linestyle="none",
-            marker=MARKERS[kind],
-            markersize=4,
-            color=style.STAGES[2]["color"],
-            label=label(role, 16),
-        )
+    for marker, role in zip(MARKERS, roles, strict=False):
+        ax.plot([], [], marker, markersize=4, color=style.STAGES[2]["color"], label=label(role, 16))
 
 
 def _breaks(ax: Axes, parts: list[style.Stretch]) -> None:

@@ -46,7 +46,7 @@ def plot_units(run: Tables, ax: Axes) -> Axes:
         color = style.VERMILLION if column == "dead_fraction" else style.PURPLE
         offset = (row - (len(last) - 1) / 2) * height
         ax.barh(places + offset, 100 * np.nan_to_num(values[order]), height=height, color=color, label=kinds[column])
-    ax.set_yticks(places, [label(name, 22) for name in names], fontsize=8)
+    ax.set_yticks(places, [label(name, 28) for name in names], fontsize=8)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.grid(visible=True, axis="x", color=style.RULE, linewidth=0.7)

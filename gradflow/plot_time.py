@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.transforms import offset_copy
 
 from gradflow import plot_style as style
-from gradflow.grids import Grid, Tables, View, run_starts
+from gradflow.grids import Tables, View, run_starts
+from gradflow.readings import ledger_streams, stream_ledger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,25 +85,6 @@ def plot_learning_rate(run: Tables, ax: Axes, *, findings: Sequence[Finding] = (
     Read it: beside the loss, to see warm-up and decay.
     """
     return _over_steps(run, ax, "learning_rate", unit="learning rate", log=False, findings=findings)
-
-
-def ledger_streams(view: View, column: str) -> list[str]:
-    """Streams whose ledger was recorded, that of the most branches first."""
-    shares = view.grid("branches", column)
-    seen = np.flatnonzero(np.isfinite(shares.values).any(axis=0))
-    known = {shares.labels[i] for i in seen}
-    streams = [branch.stream for branch in view.branches if branch.name in known]
-    return sorted(dict.fromkeys(streams), key=lambda name: -streams.count(name))
-
-
-def stream_ledger(view: View, column: str, stream: str) -> tuple[Floats, Grid]:
-    """(share of the stream's own end entry, shape (step,); shares of its branches, a grid)."""
-    shares = view.grid("branches", column)
-    inside = {branch.name for branch in view.branches if branch.stream == stream}
-    ends = view.grid("streams", column).named(first=stream)
-    with np.errstate(invalid="ignore"):
-        own = np.where(np.isfinite(ends.values).any(axis=1), np.nansum(ends.values, axis=1), np.nan)
-    return own, shares.select([i for i, label in enumerate(shares.labels) if label in inside])
 
 
 def _plot_ledger(run: Tables, ax: Axes, column: str, stream: str | None, own_name: str, unit: str) -> Axes:

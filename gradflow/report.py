@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from gradflow import differences, gallery, inventory, summary
 from gradflow.errors import RunError, UsageError
 from gradflow.grids import View
 from gradflow.plot_compare import look
 from gradflow.plot_style import THEME, css_color
-from gradflow.wording import MISSING, number, printable
+from gradflow.wording import printable
 
 if TYPE_CHECKING:
     import os
@@ -191,6 +191,9 @@ def _sections(
         if any(picture.available(one) for one in runs):
             svg = Markup(gallery.picture_svg(picture, run, findings=findings))  # noqa: S704 (made by an XML writer)
             drawn.setdefault(picture.section, []).append(Shown(picture.key, picture.title, picture.reading, svg))
+    if len(drawn.get(gallery.SIGNAL, [])) == len(drawn.get(gallery.GRADIENT, [])) == 1:
+        # A trunk has one of each: side by side they fill a row.
+        drawn[gallery.BOTH] = drawn.pop(gallery.SIGNAL) + drawn.pop(gallery.GRADIENT)
     return [
         Section(re.sub(r"\W+", "-", title.lower()), title, tuple(drawn[title]))
         for title in gallery.SECTIONS
@@ -213,29 +216,19 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(printable=lambda value: printable(str(value)), plain=plain, words=words)
+    environment.filters.update(
+        printable=lambda value: printable(str(value)), papers=papers, evidence=inventory.evidence
+    )
     return environment
 
 
-def words(key: str) -> str:
-    """A key of the evidence as words."""
-    return printable(str(key)).replace("_", " ")
+_PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
-def plain(value: Any) -> str:
-    """A value of the evidence as a person writes it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: MISSING}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, dict):
-        return ", ".join(f"{words(key)} {plain(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        shown = [plain(item) for item in list(value)[:8]]
-        return ", ".join(shown) + (f" and {len(value) - 8:,} more" if len(value) > 8 else "") or "none"
-    return printable(str(value))
+def papers(text: str) -> Markup:
+    """Escaped text in which each arXiv number is a link."""
+    link = r'<a href="https://arxiv.org/abs/\1" rel="noreferrer">arXiv:\1</a>'
+    return Markup(_PAPER.sub(link, str(escape(printable(text)))))  # noqa: S704 (escaped a moment before)
 
 
 def _write(text: str, path: str | os.PathLike[str]) -> Path:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gradflow.grids import run_starts
-from gradflow.plot_time import ledger_streams, stream_ledger
-from gradflow.wording import number, printable
+from gradflow.readings import first_and_last, gradient_ratio, last_row, ledger_error, output_cosine
+from gradflow.wording import Fact, number, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,15 +27,6 @@ if TYPE_CHECKING:
 State = Literal["error", "warning", "healthy", "empty"]
 RANK = {"error": 0, "warning": 1, "info": 2}
 MOST_CELLS = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """A figure with its name, and what it should be or where it comes from."""
-
-    label: str
-    value: str
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +95,6 @@ def key_figures(view: View) -> list[Fact]:
     return [fact for fact in facts if fact]
 
 
-def first_and_last(values: Any) -> tuple[float, float] | None:
-    """First and last finite value of a series, or None where there is none."""
-    known = np.asarray(values, dtype=np.float64)
-    known = known[np.isfinite(known)]
-    return (float(known[0]), float(known[-1])) if known.size else None
-
-
 def _loss(view: View) -> Fact | None:
     _, values = view.series("loss")
     ends = first_and_last(values)
@@ -118,36 +102,6 @@ def _loss(view: View) -> Fact | None:
         return None
     broken = not np.isfinite(values[-1])
     return Fact("Loss, first → last", f"{number(ends[0])} → {'not finite' if broken else number(ends[1])}")
-
-
-def last_row(
-    view: View, table: str, column: str, *, stream: str | None = None
-) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """(names, values) of a column at the last step that holds any finite value; empty where none does."""
-    grid = view.grid(table, column)
-    if stream is not None:
-        grid = grid.named(first=stream)
-    seen = np.flatnonzero(np.isfinite(grid.values).any(axis=1))
-    return (grid.labels, grid.values[seen[-1]]) if seen.size else ([], np.empty(0))
-
-
-def main_stream(view: View) -> str | None:
-    """The stream (or trunk) of the most points."""
-    return max(view.streams, key=lambda stream: len(stream.points)).name if view.streams else None
-
-
-def gradient_ratio(view: View) -> float | None:
-    """Gradient at the first point of the main stream over that at its last, at the last sampled step."""
-    _, row = last_row(view, "streams", "grad_rms", stream=main_stream(view))
-    ends = first_and_last(row)
-    return ends[0] / ends[1] if ends and ends[1] > 0 and len(row) > 1 else None
-
-
-def output_cosine(view: View) -> float | None:
-    """Token cosine at the end of the main stream, at the last sampled step."""
-    _, row = last_row(view, "streams", "token_cosine", stream=main_stream(view))
-    ends = first_and_last(row)
-    return ends[1] if ends else None
 
 
 def _gradient(view: View) -> Fact | None:
@@ -186,18 +140,6 @@ def _ratios(view: View) -> Fact | None:
 
 def _updates(view: View) -> Fact | None:
     return _spread(view, "parameters", "update_ratio", "Update over weight, median", "usual is 10⁻³")
-
-
-def ledger_error(view: View) -> float | None:
-    """Largest distance from 1 of a ledger's sum, over streams, directions and sampled steps; None without a ledger."""
-    worst: list[float] = []
-    for column in ("signal_share", "gradient_share"):
-        for stream in ledger_streams(view, column):
-            own, shares = stream_ledger(view, column, stream)
-            seen = np.isfinite(own) & np.isfinite(shares.values).any(axis=1)
-            if seen.any():
-                worst.append(float(np.abs(own + np.nansum(shares.values, axis=1) - 1.0)[seen].max()))
-    return max(worst) if worst else None
 
 
 def _ledger(view: View) -> Fact | None:

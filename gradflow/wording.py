@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MOST_NAMES = 14  # labels that fit beside a heat map
 MISSING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A figure with its name, and what it should be or where it comes from."""
+
+    label: str
+    value: str
+    note: str = ""
 
 
 def printable(text: str) -> str:
@@ -49,6 +59,27 @@ def number(value: float) -> str:
     return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
+def words(key: str) -> str:
+    """A key of the evidence as words."""
+    return printable(str(key)).replace("_", " ")
+
+
+def plain(value: Any) -> str:
+    """A value of the evidence as a person writes it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: MISSING}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{words(key)} {plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        shown = [plain(item) for item in list(value)[:8]]
+        return ", ".join(shown) + (f" and {len(value) - 8:,} more" if len(value) > 8 else "") or "none"
+    return printable(str(value))
+
+
 def rows_of_names(labels: Sequence[str], limit: int = MOST_NAMES) -> tuple[str, list[int], list[str]]:
     """What most names have in common, and a few of them to show: (common prefix, positions, short names).
 
@@ -57,7 +88,7 @@ def rows_of_names(labels: Sequence[str], limit: int = MOST_NAMES) -> tuple[str, 
     """
     parts = [name.split(".") for name in labels]
     common = _shared_start(parts)
-    short = [part[len(common) :] if part[: len(common)] == common else part for part in parts]
+    short = [_after(part, common) for part in parts]
     positions, drop = list(range(len(short))), 0
     while len(positions) > limit and drop < 3:
         drop += 1
@@ -71,6 +102,14 @@ def rows_of_names(labels: Sequence[str], limit: int = MOST_NAMES) -> tuple[str, 
             apart.append(position)
     names = [".".join(short[i][: max(1, len(short[i]) - drop)]) for i in reversed(apart)]
     return ".".join(common), apart[::-1], names
+
+
+def _after(part: list[str], common: list[str]) -> list[str]:
+    """What follows the common start; of a name that leaves it earlier, what follows from there."""
+    at = 0
+    while at < min(len(common), len(part) - 1) and part[at] == common[at]:
+        at += 1
+    return part[at:]
 
 
 def _shared_start(parts: list[list[str]]) -> list[str]:

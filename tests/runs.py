@@ -278,7 +278,7 @@ def findings() -> list[Finding]:
         finding(code="rank-collapse", where=("blocks",), steps=(0, 1000), claim="Tokens are the same at the output: their mean cosine is 0.9998.",
                 evidence={"token cosine at the output": 0.9998, "threshold": 0.95}, why="Attention cannot tell equal tokens apart (Dong 2021).", remedy="Add residual connections."),
         finding(code="update-too-large", severity="warning", where=("blocks.3.mlp.fc.weight",), steps=(400, 600), claim="Updates are 3 % of the weights for 200 steps.",
-                evidence={"update over weight": 0.031, "threshold": 1e-2}, why="The weights lose what they learned.", remedy="Halve the learning rate.", remedy_2="Lengthen the warm-up.", confidence="low"),
+                evidence={"quantity": "update over weight", "measured": 0.031, "threshold": 1e-2, "threshold_from": "a rule of thumb", "expected": None}, why="The weights lose what they learned.", remedy="Halve the learning rate.", remedy_2="Lengthen the warm-up.", confidence="low"),
         finding(code="massive-activation", severity="info", where=("blocks.9.mlp",), steps=(1000, 1000), claim="A few elements are 1,200 times the median.",
                 evidence={"largest over median": 1200.0}, why="Often benign: an attention sink.", remedy="Nothing, unless you quantise.", remedy_2=""),
     ]  # fmt: skip

@@ -34,7 +34,7 @@ LEVELS = [
     [
         "discovery",
         "storage manifest merging parts directories writer store",
-        "grids",
+        "grids readings",
     ],
     [
         "buffer hooks join_taps ledgers layer_taps parameter_taps stream_taps taps description recording scaling stepping recorder",

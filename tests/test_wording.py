@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradflow.wording import MOST_NAMES, label, number, printable, rows_of_names
+from gradflow.wording import MOST_NAMES, label, number, plain, printable, rows_of_names
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,16 @@ def test_a_stranger_at_the_head_of_the_stream_does_not_lengthen_the_others():
 def test_few_names_are_all_shown():
     assert rows_of_names(["net.0", "net.1", "net.2"]) == ("net", [0, 1, 2], ["0", "1", "2"])
     assert rows_of_names([]) == ("", [], [])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(True, "yes"), (False, "no"), (None, "\N{EN DASH}"), (12345, "12,345"), (0.5, "0.5"), ([], "none"), ([1, 2], "1, 2"), (list(range(10)), "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"), ({"a_b": 1}, "a b 1"), ("x\x00", "x\\x00")],
+)
+def test_evidence_is_written_as_a_person_would(value, text):
+    assert plain(value) == text
+
+
+def test_a_name_that_leaves_the_common_start_is_shown_from_there():
+    names = [*(f"net.encoder.blocks.{i}" for i in range(12)), "net.encoder.final_norm"]
+    assert rows_of_names(names)[2][-1] == "final_norm"
