@@ -27,7 +27,7 @@ LEVELS = [
     [
         "modules register attachment tracing",
         "ancestry paths naming streams residuals",
-        "statistics geometry",
+        "statistics geometry attention",
         "metrics",
         "theory",
     ],
@@ -37,7 +37,8 @@ LEVELS = [
         "grids readings",
     ],
     [
-        "buffer hooks join_taps ledgers layer_taps parameter_taps stream_taps taps description recording scaling stepping recorder",
+        """buffer hooks join_taps ledgers layer_taps parameter_taps stream_taps attention_taps taps description recording
+        scaling stepping recorder""",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
         rules.signals rules.tokens rules.units rules""",
@@ -47,7 +48,7 @@ LEVELS = [
         "inventory summary differences report",
         "probing",
         "watch",
-        "console",
+        "console outline",
         "factories",
     ],
     [
