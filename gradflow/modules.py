@@ -27,10 +27,10 @@ def names_by_identity(model: nn.Module) -> dict[int, tuple[str, bool]]:
     """By `id`: the stripped name of every parameter and buffer, and whether it is a buffer."""
     names: dict[int, tuple[str, bool]] = {}
     for module, path, _ in _walk(model):
-        for tensors, buffer in ((module._buffers, True), (module._parameters, False)):  # noqa: SLF001
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in names:
-                    names[id(tensor)] = (f"{path}.{name}" if path else name, buffer)
+        tensors = [(name, b, True) for name, b in module.named_buffers(recurse=False)]
+        tensors += [(name, p, False) for name, p in module.named_parameters(recurse=False)]
+        for name, tensor, buffer in tensors:
+            names.setdefault(id(tensor), (f"{path}.{name}" if path else name, buffer))
     return names
 
 
@@ -39,13 +39,15 @@ def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
     parallel: set[str] = set()
     scripted: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        hidden = name.startswith(scripted) if scripted else False
+        hidden = bool(scripted) and name.startswith(scripted)
         if isinstance(module, torch.jit.ScriptModule):
             scripted = (*scripted, f"{name}." if name else "")
-        if isinstance(module, _PARALLEL):
+        elif isinstance(module, _PARALLEL):
             parallel.add(name)
             hidden = True
-        yield module, _stripped(name, parallel), hidden or not _WRAPPER_SEGMENTS.isdisjoint(module._modules)  # noqa: SLF001
+        else:
+            hidden = hidden or not _WRAPPER_SEGMENTS.isdisjoint(module._modules)  # noqa: SLF001
+        yield module, _stripped(name, parallel), hidden
 
 
 def _stripped(name: str, parallel: set[str]) -> str:

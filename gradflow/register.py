@@ -36,8 +36,8 @@ class Register(Sequence[Node]):
     """The nodes of a pass, as rows, and the tensors that they stand for.
 
     As a sequence it makes its nodes on demand. `scope` and `call` are where operations run at present; `names` the
-    parameters and buffers by identity; `edges` the autograd node and output number of every node that has them; `entries` the
-    known tensors by `id`: weak reference, node, version.
+    parameters and buffers by identity; `edges` the autograd node and output number of every node that has them;
+    `entries` the known tensors by `id`: weak reference, node, version, whether autograd follows.
     """
 
     def __init__(self, names: dict[int, tuple[str, bool]]) -> None:
@@ -48,7 +48,7 @@ class Register(Sequence[Node]):
         self.rows: list[_Row] = []
         self._masks: list[int] = []  # ancestors and the node itself
         self._refs: list[weakref.ref[Tensor]] = []
-        self.entries: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # by id: reference, node, version
+        self.entries: dict[int, tuple[weakref.ref[Tensor], int, int, bool]] = {}
         self.overwrites = False  # versions need no look while nothing was overwritten
         self._writers: dict[int, list[int]] = {}  # by id of the tensor that owns a storage: nodes that overwrote it
         self.edges: dict[int, tuple[Any, int]] = {}
@@ -69,7 +69,11 @@ class Register(Sequence[Node]):
             version = tensor._version  # noqa: SLF001
         except RuntimeError:  # inference tensors keep no version
             return entry[1]
-        return entry[1] if version == entry[2] else self._renewed(tensor, entry[1], version)
+        if version != entry[2]:
+            return self._renewed(tensor, entry[1], version)
+        if not entry[3] and tensor.requires_grad and tensor.grad_fn is not None:
+            return self._adopted(tensor, entry[1])
+        return entry[1]
 
     def node_for(self, tensor: Tensor) -> int:
         """Node of an operand, made on the spot for a tensor from outside."""
@@ -110,7 +114,7 @@ class Register(Sequence[Node]):
             version = tensor._version  # noqa: SLF001
         except RuntimeError:
             version = 0
-        self.entries[id(tensor)] = (reference, index, version)
+        self.entries[id(tensor)] = (reference, index, version, grad)
         if inplace:
             self.overwrites = True
             self._writers.setdefault(id(_owner(tensor)), []).append(index)
@@ -141,7 +145,7 @@ class Register(Sequence[Node]):
         """Node of a tensor that was overwritten through another view of its storage since it was last seen."""
         writers = [n for n in self._writers.get(id(_owner(tensor)), ()) if n > node]
         if not writers:  # an operation updated it on its own (batch-norm statistics)
-            self.entries[id(tensor)] = (weakref.ref(tensor), node, version)
+            self.entries[id(tensor)] = (weakref.ref(tensor), node, version, tensor.requires_grad)
             return node
         if self.rows[writers[-1]][4].numel() == tensor.numel():
             return self.add(tensor, "view", (writers[-1],), {})
@@ -155,14 +159,20 @@ class Register(Sequence[Node]):
         edges = self._filed_edges()
         known = edges.get((function, tensor.output_nr))
         if known is not None:
-            self.entries[id(tensor)] = (weakref.ref(tensor), known, tensor._version)  # noqa: SLF001
+            self.entries[id(tensor)] = (weakref.ref(tensor), known, tensor._version, True)  # noqa: SLF001
             return known
         name = function.name() if function is not None else "tensor"
         parents, learned = self._walk(function, edges)
-        if len(parents) == 1 and self._same_storage(tensor, parents[0]):
+        if len(parents) == 1 and not learned and self._only_handed_on(tensor, parents[0]):
             return self.add(tensor, "alias", tuple(parents), {})
         reason = "made where the trace cannot see, followed by its autograd graph" if parents else "unknown origin"
         return self.opaque(tensor, tuple(parents), name, reason, learned=learned)
+
+    def _adopted(self, tensor: Tensor, node: int) -> int:
+        """Node of a tensor that autograd took over after it was made: a custom function's or a checkpoint's output."""
+        parents, _ = self._walk(tensor.grad_fn, self._filed_edges())
+        new = [parent for parent in parents if not self._masks[node] >> parent & 1]
+        return self.add(tensor, "alias", (node, *new), {})
 
     def _walk(self, start: Any, edges: dict[tuple[Any, int], int]) -> tuple[list[int], bool]:
         """Nodes that an unknown tensor depends on, and whether a weight of two or more dimensions is among them."""
@@ -192,15 +202,18 @@ class Register(Sequence[Node]):
         self._filed = len(self.edges)
         return self._by_edge
 
-    def _same_storage(self, tensor: Tensor, node: int) -> bool:
-        """Whether a custom function only handed a tensor on, as sharding wrappers do to their inputs."""
+    def _only_handed_on(self, tensor: Tensor, node: int) -> bool:
+        """Whether a tensor is another one in another wrapping: a sharding wrapper's input, a distributed tensor."""
         other = self._refs[node]()
-        if other is None or isinstance(other, nn.Parameter) or other.shape != tensor.shape:
+        if other is None or isinstance(other, nn.Parameter):
             return False
+        if type(other) is not type(tensor):
+            return True
         try:
-            return other.data_ptr() == tensor.data_ptr() and other.stride() == tensor.stride()
+            same = other.data_ptr() == tensor.data_ptr() and other.stride() == tensor.stride()
         except RuntimeError:  # no storage: a tensor inside a function transform
             return False
+        return same and other.shape == tensor.shape
 
     # ---------------------------------------------------------------- results
 

@@ -294,7 +294,7 @@ class Tracer(TorchFunctionMode):
         for value in args:
             if isinstance(value, Tensor):
                 entry = entries.get(id(value))
-                known = entry is not None and entry[0]() is value and not register.overwrites
+                known = entry is not None and entry[0]() is value and entry[3] and not register.overwrites
                 parents.append(entry[1] if known and entry is not None else register.node_for(value))
             elif isinstance(value, (tuple, list)):
                 parents += [register.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
