@@ -69,6 +69,10 @@ class ParameterTaps:
         """Names of the parameters whose gradient has been measured."""
         return frozenset(self._gradients)
 
+    def cleared(self) -> bool:
+        """Whether no parameter holds a gradient: a backward pass starts from nothing."""
+        return all(parameter.grad is None for parameter in self._parameters.values())
+
     def gradients(self, of: Iterable[Tensor] | None = None, *, besides: Container[str] = ()) -> set[str]:
         """Measure the gradients as they stand, of all parameters or of some; later calls replace earlier ones.
 

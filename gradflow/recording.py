@@ -186,6 +186,8 @@ class StepInProgress:
 
     def _seen_backward(self, loss: Tensor | None) -> None:
         """A backward pass of a training loop that is not ours and tells nothing."""
+        if self._parameters is not None and self._parameters.cleared():
+            self.zeroed()
         self.backward(loss, self.scale())
 
     def _seen_gradients(self) -> None:
