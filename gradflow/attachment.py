@@ -55,11 +55,14 @@ class Attachment:
         mode: The mode to keep on the stack.
         entered: Called with path, module, arguments and keyword arguments when a module's forward begins.
         exited: Called with path, module and output when it has ended, also by an exception (output None).
+        aside: Leave PyTorch's fused inference path alone (training goes on in the same bits); otherwise it is switched
+            off by our presence, and what is inside is seen.
     """
 
     def __init__(
-        self, mode: TorchFunctionMode, entered: Callable[..., None], exited: Callable[..., None],
-    ) -> None:  # fmt: skip
+        self, mode: TorchFunctionMode, entered: Callable[..., None], exited: Callable[..., None], *, aside: bool
+    ) -> None:
+        self._aside = aside
         self._mode = mode
         self._entered = entered
         self._exited = exited
@@ -100,7 +103,7 @@ class Attachment:
 
     def _before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entered(path, module, args, kwargs)
-        if isinstance(module, _FUSED) and self._waiting is None and may_fuse(module, args, kwargs):
+        if self._aside and isinstance(module, _FUSED) and self._waiting is None and may_fuse(module, args, kwargs):
             self._stand_aside(path, module)
 
     def _stand_aside(self, path: str, fused: nn.Module) -> None:

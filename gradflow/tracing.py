@@ -89,7 +89,7 @@ class Tracer(TorchFunctionMode):
         self.model = model
         self.observer = observer
         self._watches = observer.watches if observer is not None else frozenset()
-        self._attachment = Attachment(self, self._enter_call, self._exit_call)
+        self._attachment = Attachment(self, self._enter_call, self._exit_call, aside=observer is not None)
         self._failed = False
         self._names: dict[int, tuple[str, bool]] = {}
         self.clear()
