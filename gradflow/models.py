@@ -2,8 +2,8 @@
 
 Blocks of multi-head attention and a ReLU feed-forward, each sublayer followed by the residual addition and then layer
 normalisation, `output = norm(input + sublayer(input))` (Vaswani et al. 2017, section 3.1,
-https://arxiv.org/abs/1706.03762). Three switches change that rule and nothing else, so that models which differ in one
-of them have the same parameters under the same names and can be compared: `residual`, `norm` and `span`.
+https://arxiv.org/abs/1706.03762). Three switches change that rule and nothing else, so that models can be compared:
+`residual` and `span` leave every parameter and its name as it is, `norm` all but those of the norms.
 
 Shapes: batch B, token T, width D (features of a token), heads H, vocabulary V.
 """
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from gradflow.errors import UsageError
+from gradflow.sublayers import FeedForward, MultiHeadAttention, check_choice, check_positive, check_probability
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,68 +34,6 @@ class EncoderOptions(TypedDict, total=False):
     norm: Norm
     residual: bool
     span: int
-
-
-class MultiHeadAttention(nn.Module):
-    """Scaled dot-product self-attention in `heads` subspaces (Vaswani et al. 2017, section 3.2).
-
-    head_h = softmax(Q_h K_hᵀ / √(D/H)) V_h; the heads side by side pass one more linear map.
-
-    Args:
-        width: D, a multiple of `heads`.
-        heads: H.
-        dropout: Probability that an attention weight is dropped while training.
-    """
-
-    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        _check_positive(width=width, heads=heads)
-        _check_probability("dropout", dropout)
-        if width % heads:
-            raise UsageError(f"expected a width that is a multiple of the heads, got width {width} and heads {heads}")
-        self.heads = heads
-        self.dropout = dropout
-        # Glorot's range for the three maps packed into one (3D, D) matrix, as in torch.nn.MultiheadAttention
-        self.query, self.key, self.value = (_linear(width, width, gain=0.5**0.5) for _ in range(3))
-        self.output = _linear(width, width)
-
-    def forward(self, x: Tensor, padding: Tensor | None = None, *, causal: bool = False) -> Tensor:
-        """Attend within each sequence.
-
-        Args:
-            x: (B, T, D).
-            padding: (B, T), bool, True where a token is padding and must not be attended to.
-            causal: Whether a token sees itself and earlier tokens only.
-
-        Returns:
-            (B, T, D). A token that may attend to nothing (padding that sees only padding) gets the output's bias.
-        """
-        mask = _attention_mask(padding, x.shape[1], causal=causal)
-        q, k, v = (self._split(linear(x)) for linear in (self.query, self.key, self.value))
-        dropout = self.dropout if self.training else 0.0
-        heads = scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal and mask is None)
-        return self.output(heads.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, H, T, D/H)
-
-
-class FeedForward(nn.Module):
-    """W₂ max(0, W₁ x + b₁) + b₂, the same at every position (Vaswani et al. 2017, section 3.3).
-
-    Args:
-        width: D, features in and out.
-        hidden: Features between.
-    """
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        _check_positive(width=width, hidden=hidden)
-        self.expand, self.activation, self.contract = _linear(width, hidden), nn.ReLU(), _linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        return self.contract(self.activation(self.expand(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -124,8 +62,8 @@ class Block(nn.Module):
         joins: tuple[bool, bool] = (True, True),
     ) -> None:
         super().__init__()
-        _check_choice("norm", norm, get_args(Norm))
-        _check_probability("dropout", dropout)
+        check_choice("norm", norm, get_args(Norm))
+        check_probability("dropout", dropout)
         self.norm, self.joins = norm, joins
         self.attention = MultiHeadAttention(width, heads, dropout=attention_dropout)
         self.attention_norm = nn.Identity() if norm == "none" else nn.LayerNorm(width)
@@ -193,7 +131,7 @@ class Encoder(nn.Module):
         span: int = 1,
     ) -> None:
         super().__init__()
-        _check_positive(depth=depth, span=span)
+        check_positive(depth=depth, span=span)
         if 2 * depth % span:
             raise UsageError(f"expected a span that divides the {2 * depth} sublayers of {depth} blocks, got {span}")
         joins = [residual and sublayer % span == 0 for sublayer in range(1, 2 * depth + 1)]
@@ -228,9 +166,9 @@ class Embedding(nn.Module):
         self, vocabulary: int, width: int, *, max_tokens: int, positions: Positions = "sinusoidal", dropout: float = 0.1
     ) -> None:
         super().__init__()
-        _check_positive(vocabulary=vocabulary, width=width, max_tokens=max_tokens)
-        _check_choice("positions", positions, get_args(Positions))
-        _check_probability("dropout", dropout)
+        check_positive(vocabulary=vocabulary, width=width, max_tokens=max_tokens)
+        check_choice("positions", positions, get_args(Positions))
+        check_probability("dropout", dropout)
         self.max_tokens = max_tokens
         self.token = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.token.weight, std=width**-0.5)  # so that √D · embedding has unit variance
@@ -302,40 +240,3 @@ def sinusoids(tokens: int, width: int) -> Tensor:
     frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angle = torch.arange(tokens).unsqueeze(1) * frequency  # (T, ⌈D/2⌉)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
-
-
-def _attention_mask(padding: Tensor | None, tokens: int, *, causal: bool) -> Tensor | None:
-    """Return (B, 1, 1 or T, T), True where attention may look; None where `is_causal` or nothing says it already."""
-    if padding is None:
-        return None
-    if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[1] != tokens:
-        raise UsageError(
-            f"expected a padding mask of shape (batch, {tokens}), bool, True at padding, "
-            f"got shape {tuple(padding.shape)} of {padding.dtype}"
-        )
-    visible = ~padding[:, None, None, :]
-    return visible & torch.ones(tokens, tokens, dtype=torch.bool, device=padding.device).tril() if causal else visible
-
-
-def _linear(features: int, out: int, *, gain: float = 1.0) -> nn.Linear:
-    """Return a map with weights of U(−r, r), r = gain · √(6/(features + out)) (Glorot & Bengio 2010), and zero bias."""
-    linear = nn.Linear(features, out)
-    nn.init.xavier_uniform_(linear.weight, gain)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise UsageError(f"expected {name} to be a positive integer, got {size!r}")
-
-
-def _check_probability(name: str, got: float) -> None:
-    if not 0.0 <= got < 1.0:
-        raise UsageError(f"expected {name} to be a probability from 0 to below 1, got {got!r}")
-
-
-def _check_choice(name: str, got: str, choices: tuple[str, ...]) -> None:
-    if got not in choices:
-        raise UsageError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {got!r}")

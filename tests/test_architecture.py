@@ -21,7 +21,7 @@ LEVELS = [
         "operations",
         "wording",
         "headline",
-        "models",
+        "sublayers models",
         "corpus",
     ],
     [

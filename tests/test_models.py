@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradflow.errors import UsageError
-from gradflow.models import Block, Embedding, Encoder, LanguageModel, MultiHeadAttention, sinusoids
+from gradflow.models import Block, Embedding, Encoder, LanguageModel, sinusoids
+from gradflow.sublayers import MultiHeadAttention
 
 WIDTH, HEADS, HIDDEN = 16, 4, 24
 
