@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= gradflow-demo
 PIP = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-# The CPU build of torch is a tenth of the usual one; without an NVIDIA GPU it is all that is needed.
-CPU_BUILD := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 .PHONY: demo test test-slow lint bench wheel clean
 
 demo: $(VENV)/.ready
@@ -33,8 +31,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@# Some systems ship Python without ensurepip: then the environment gets its pip from the system's.
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
 		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
-	@# An index that cannot be reached must not stop the installation.
-	$(PIP) $(CPU_BUILD) --timeout 20 --retries 1 torch || $(PIP) torch
+	$(PIP) torch
 	$(PIP) --editable '.[dev]'
 	touch $@
 
