@@ -11,7 +11,7 @@ from gradflow.records import Finding
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.silence import PATIENCE as SILENCE_PATIENCE
 from gradflow.rules.texts import listed, number, unique
-from gradflow.rules.view import lasting, settled, spell, window
+from gradflow.rules.view import lasting, median, settled, spell, window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,9 +51,9 @@ def dominant(view: View) -> list[Finding]:
     deep = free & (depth > 2)
     known = np.isfinite(ratio) & deep
     now = settled(ratio)
-    if deep.sum() < 4 or not np.isfinite(now[deep]).any():
+    if deep.sum() < 3 or not np.isfinite(now[deep]).any():
         return []
-    usual = float(np.nanmedian(now[deep]))
+    usual = float(median(np.sort(now[deep])[:-1]))  # without the largest: is it of another kind?
     bad = known & (ratio > DROWNS.value) & (ratio > OUTLIES.value * usual)
     found = np.flatnonzero(lasting(bad, known) & (known[window(len(ratio))].sum(axis=0) >= 3))
     part = ratio[window(len(ratio))]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 ROOTS: dict[str, tuple[str, ...]] = {
     "dead-units": ("rank-collapse", "signal-collapse", "vanishing-gradient"),
     "frozen-parameter": (
+        "blocked-gradient",
         "gradient-underflow",
         "below-epsilon",
         "update-too-small",
@@ -22,6 +23,9 @@ ROOTS: dict[str, tuple[str, ...]] = {
     "update-too-small": ("gradient-underflow", "below-epsilon", "vanishing-gradient", "signal-collapse"),
     "below-epsilon": ("vanishing-gradient", "signal-collapse"),
     "massive-activation": ("signal-explosion",),
+    "attention-entropy-collapse": ("signal-explosion",),
+    "attention-logit-growth": ("signal-explosion",),
+    "vanishing-gradient": ("dead-units",),
     "inert-depth": ("silent-branch",),
 }
 """Which findings a code can be a consequence of, the likeliest first."""
@@ -32,25 +36,37 @@ ALIKE_DEAD = 0.8
 def grouped(findings: Sequence[Finding]) -> list[Finding]:
     """Move every finding that follows from a more basic one into that one's evidence, under `"consequences"`."""
     serious = {finding.code: finding for finding in findings if finding.severity != "info"}
-    kept, told = [], dict[str, list[str]]()
+    roots: dict[str, str] = {}
+    kept, moved = [], []
     for finding in findings:
         root = next((code for code in ROOTS.get(finding.code, ()) if code in serious), None)
-        if root is None or not _follows(finding):
+        if root is None or not _follows(finding, serious[root]):
             kept.append(finding)
         else:
-            told.setdefault(root, []).append(f"{finding.code}: {finding.claim}")
-    first = {finding.code: i for i, finding in reversed(list(enumerate(kept)))}
-    for code, claims in told.items():
-        if code in first:
-            root_finding = kept[first[code]]
-            kept[first[code]] = replace(root_finding, evidence={**root_finding.evidence, "consequences": claims})
-    return kept
+            roots[finding.code] = root
+            moved.append(finding)
+    standing = {finding.code for finding in kept}
+    told: dict[str, list[str]] = {}
+    for finding in moved:
+        root = roots[finding.code]
+        while root not in standing:  # its root follows from another in turn
+            root = roots[root]
+        told.setdefault(root, []).append(f"{finding.code}: {finding.claim}")
+    return [_with(finding, told.pop(finding.code, None)) for finding in kept]
 
 
-def _follows(finding: Finding) -> bool:
+def _with(finding: Finding, consequences: list[str] | None) -> Finding:
+    if not consequences:
+        return finding
+    return replace(finding, evidence={**finding.evidence, "consequences": consequences})
+
+
+def _follows(finding: Finding, root: Finding) -> bool:
     """Whether a finding may be a consequence: not one that has a cause of its own written in its evidence."""
     if finding.code == "dead-units":
         return bool(finding.evidence["measured"] < ALIKE_DEAD)
+    if finding.code == "vanishing-gradient":
+        return bool(root.evidence["measured"] >= ALIKE_DEAD)
     if finding.code == "frozen-parameter":
-        return bool(finding.evidence["cause"] == "update")
+        return finding.severity == "info" or bool(finding.evidence["cause"] == "update")
     return True

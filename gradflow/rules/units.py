@@ -13,9 +13,14 @@ from gradflow.rules.texts import listed, unique
 from gradflow.rules.view import lasting, median, spell, window
 
 if TYPE_CHECKING:
+    from gradflow.records import Severity
     from gradflow.rules.view import Floats, View
 
 DEAD = Threshold("units zero on every position", 0.4, "1", "healthy ReLU layers of small networks reach 0.2 to 0.3")
+DEAD_FROM_THE_START = Threshold(
+    "the same where a fifth was so at the first step", 0.6, "1",
+    "inputs that all look alike to a layer leave about half of its units off by the sign of their weights",
+)  # fmt: skip
 DEAD_ERROR = Threshold(
     "the same, error", 0.8, "1", "four of five units gone: the layer is a bottleneck of what is left"
 )
@@ -26,6 +31,8 @@ SATURATED = Threshold(
     "elements at the ends of a tanh or sigmoid", 0.5, "1", "normal inputs of unit size give 0.04 and 0"
 )
 SATURATED_ERROR = Threshold("the same, error", 0.9, "1", "the layer is a step function")
+LEARNED = 0.5
+"""Fall of the loss from which units that training itself turned off or saturated are no trouble."""
 GATE = re.compile(r"gate|(?:^|\.)se(?:\.|$)|excit|scale", re.IGNORECASE)
 RELU = re.compile(r"^(?:relu|relu6|threshold)$", re.IGNORECASE)
 
@@ -41,7 +48,9 @@ def dead(view: View) -> list[Finding]:
     relu = np.array([bool(RELU.match(kind)) for kind in grid.text("kind")])
     relu &= np.array([not name.endswith("@nograd") for name in grid.names])
     known = np.isfinite(share) & enough & relu
-    bad = known & (share > DEAD.value)
+    began = np.array([column[np.isfinite(column)][0] if np.isfinite(column).any() else 0.0 for column in share.T])
+    limit = np.where(began > 0.5 * DEAD.value, DEAD_FROM_THE_START.value, DEAD.value)
+    bad = known & (share > limit)
     found = np.flatnonzero(lasting(bad, known, least=1.0))
     if not len(found):
         return []
@@ -54,12 +63,12 @@ def dead(view: View) -> list[Finding]:
     return [
         Finding(
             code="dead-units",
-            severity="error" if worst > DEAD_ERROR.value else "warning",
+            severity=_severity(view, worst, start, DEAD_ERROR.value),
             where=unique(names),
             steps=(min(s[0] for s in spells), max(s[1] for s in spells)),
             claim=(
                 f"{worst:.0%} of the units of {names[0]} are zero on all of about {positions:.0f} positions a step"
-                f"{f', and over {DEAD.value:.0%} in {len(names) - 1} more layers' if len(names) > 1 else ''} "
+                f"{f', and many in {len(names) - 1} more layers' if len(names) > 1 else ''} "
                 f"({start:.0%} at the first sampled step)."
             ),
             evidence={
@@ -67,8 +76,8 @@ def dead(view: View) -> list[Finding]:
                 "measured": worst,
                 "expected": 0.0,
                 "expected_from": "half of the elements of a ReLU are zero, but of hardly any unit all",
-                "threshold": DEAD.value,
-                "threshold_from": DEAD.origin,
+                "threshold": float(limit[found[0]]),
+                "threshold_from": (DEAD_FROM_THE_START if limit[found[0]] > DEAD.value else DEAD).origin,
                 "at_the_first_step": start,
                 "positions": positions,
                 "layers": len(names),
@@ -87,6 +96,14 @@ def dead(view: View) -> list[Finding]:
             confidence="high" if positions >= 1000 and known[:, found[0]].sum() >= 3 else "low",
         )
     ]
+
+
+def _severity(view: View, now: float, start: float, error: float) -> Severity:
+    """Error above `error`; a note where training itself went there and halved the loss on the way, else a warning."""
+    if now > error:
+        return "error"
+    learned = view.loss_fall is not None and view.loss_fall > LEARNED
+    return "info" if learned and start < 0.5 * now else "warning"
 
 
 def _first(values: Floats) -> float:
@@ -117,7 +134,7 @@ def saturated(view: View) -> list[Finding]:
     return [
         Finding(
             code="saturated-activation",
-            severity="error" if worst > SATURATED_ERROR.value else "warning",
+            severity=_severity(view, worst, start, SATURATED_ERROR.value),
             where=unique(names),
             steps=(min(s[0] for s in spells), max(s[1] for s in spells)),
             claim=(
@@ -150,22 +167,23 @@ def saturated(view: View) -> list[Finding]:
 DEAD_UNITS: Rule = Rule(
     code="dead-units",
     says="units never fire",
-    severities=("error", "warning"),
+    severities=("error", "warning", "info"),
     criterion=(
         "Over the threshold of a ReLU layer's units zero on every position, at every recent sampled step of at least "
-        "32 positions; half of all elements zero is natural and does not count."
+        "32 positions; half of all elements zero is natural and does not count; info where training turned them off "
+        "and halved the loss."
     ),
-    thresholds=(DEAD, DEAD_ERROR, POSITIONS),
+    thresholds=(DEAD, DEAD_FROM_THE_START, DEAD_ERROR, POSITIONS),
     source="Lu et al. 2019, Dying ReLU and Initialization, arXiv:1903.06733",
     check=dead,
 )
 SATURATION: Rule = Rule(
     code="saturated-activation",
     says="tanh or sigmoid layers sit at their ends",
-    severities=("error", "warning"),
+    severities=("error", "warning", "info"),
     criterion=(
         "Over half of the elements of an inner tanh or sigmoid beyond 0.97 of its range at every recent sampled step; "
-        "gates and the model's last layer are left out."
+        "gates and the model's last layer are left out; info where training went there and halved the loss."
     ),
     thresholds=(SATURATED, SATURATED_ERROR),
     source="Glorot & Bengio 2010, Understanding the difficulty of training deep feedforward neural networks",
