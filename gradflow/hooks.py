@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradflow import statistics
+from gradflow.measurable import measurable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,7 +89,9 @@ class Hooks:
             return
         try:
             with undisturbed():
-                use(gradient)
+                visible = measurable(gradient)
+                if visible is not None:
+                    use(visible)
         except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
             self._on_error(error)
 

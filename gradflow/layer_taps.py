@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gradflow import statistics
+from gradflow.measurable import measurable
 from gradflow.records import Layer
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ class LayerTaps:
             self.layers[name] = replace(layer, name=name, occurrence=occurrence, depth=len(self.layers))
         return name
 
-    def _measure(self, layer: Layer, out: Tensor, channel_dim: int, *, activation: bool, grad: bool) -> None:
+    def _measure(self, layer: Layer, result: Tensor, channel_dim: int, *, activation: bool, grad: bool) -> None:
+        out = measurable(result)
+        if out is None:
+            return
         name = self._named(layer, grad=grad)
         largest = statistics.max_abs(out)
         values: dict[str, Tensor | float | None] = {
@@ -125,8 +129,8 @@ class LayerTaps:
                 old = self._live.get(name)
                 self._live[name] = live if old is None or old.shape != live.shape else old | live
         self._buffer.put("layers", name, values)
-        if out.grad_fn is not None:
-            self._hooks.gradient((out.grad_fn, out.output_nr), lambda gradient: self._gradient(name, gradient))
+        if result.grad_fn is not None:
+            self._hooks.gradient((result.grad_fn, result.output_nr), lambda gradient: self._gradient(name, gradient))
 
     def _gradient(self, name: str, gradient: Tensor) -> None:
         self._buffer.put(

@@ -239,7 +239,7 @@ class Register(Sequence[Node]):
         ancestors = self._masks[index] ^ (1 << index)
         axis = self._axis(index)
         return Node(
-            index, op, parents, ancestors, scope, call, tuple(shape), is_signal(dtype), grad, axis, inplace, detail
+            index, op, parents, ancestors, scope, call, _sizes(shape), is_signal(dtype), grad, axis, inplace, detail
         )
 
     def _axis(self, index: int) -> int:
@@ -254,6 +254,11 @@ class Register(Sequence[Node]):
             kept = op in _ELEMENTWISE and shape == before
             axes.append(axes[first] if kept else features_axis(op, detail.get("axes", ()), before, axes[first], shape))
         return axes[index]
+
+
+def _sizes(shape: torch.Size) -> tuple[int, ...]:
+    """A shape as integers; 0 for a ragged dimension of a nested tensor, which has no one size."""
+    return tuple([size if type(size) is int else 0 for size in shape])
 
 
 def _owner(tensor: Tensor) -> Tensor:

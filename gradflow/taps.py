@@ -17,6 +17,7 @@ from gradflow.attention_taps import ATTENTION, AttentionTaps
 from gradflow.hooks import Hooks, undisturbed
 from gradflow.join_taps import JoinGradients, JoinTaps, closed_joins
 from gradflow.layer_taps import ACTIVATIONS, LayerTaps, is_activation
+from gradflow.measurable import measurable
 from gradflow.modules import tensors_in
 from gradflow.residuals import analyse
 from gradflow.stream_taps import StreamTaps, points_besides
@@ -131,9 +132,13 @@ class Taps:
             return None
         factor = float(kwargs.get("alpha", 1)) * (-1 if op == "sub" else 1)
         with undisturbed():
+            x, y = measurable(x), measurable(y)
+            if x is None or y is None:
+                return None
+            keep = role in {"new", "partial"} and not (x.is_inference() or y.is_inference())
             entry = self._joins.before(
                 (x, y), (operands[0], operands[1]), factor, nodes,
-                inplace=_overwrites(func), keep=role in {"new", "partial"}, expand=role in {"new", "join", "partial"},
+                inplace=_overwrites(func), keep=keep, expand=role in {"new", "join", "partial"},
             )  # fmt: skip
         return before, entry
 
@@ -148,10 +153,12 @@ class Taps:
                 if token is not None:
                     before, entry = token
                     self._additions[node] = before
-                    self._joins.after(entry, node, made.call, out)
+                    sum_ = measurable(out)
+                    if sum_ is not None:
+                        self._joins.after(entry, node, made.call, sum_)
                 elif self.layers is not None and is_activation(op, args, kwargs):
                     self.layers.activation(op, made.scope, made.call, out, made.channel_dim, grad=grad)
-                elif op in ATTENTION and self.attention is not None:
+                elif op in ATTENTION and self.attention is not None and _all_measurable(args, kwargs):
                     self.attention.call(op, node, self.tracer.nodes, args, kwargs, grad=grad)
         except Exception as error:  # noqa: BLE001
             self._on_error(error)
@@ -176,6 +183,7 @@ class Taps:
                 axis = -1 if node is None else self.tracer.nodes[node].channel_dim
                 if self.layers is not None:
                     self.layers.exited(call, out, axis)
+                out = measurable(out) if out is not None else None
                 if out is not None and node is not None and "streams" in self._tables:
                     self._streams.module(path, node, out, axis, self._plans.points)
         except Exception as error:  # noqa: BLE001
@@ -282,6 +290,10 @@ def _summable(x: Any, y: Any) -> bool:
         isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and y.is_floating_point()
         and x.dim() > 0 and y.dim() > 0 and x.layout == torch.strided and y.layout == torch.strided
     )  # fmt: skip
+
+
+def _all_measurable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return all(measurable(tensor) is tensor for tensor in tensors_in((args, kwargs), 2))
 
 
 def _overwrites(func: Any) -> bool:
