@@ -39,6 +39,8 @@ def plot_units(run: Tables, ax: Axes) -> Axes:
     order = [int(i) for i in np.argsort(-np.nan_to_num(worst, nan=-1.0), kind="stable") if np.isfinite(worst[i])][
         :WORST
     ]
+    if not np.nanmax(worst) > 0:
+        return style.nothing(ax, "No dead unit and no saturated element at the last sampled step")
     common, _, names = rows_of_names([labels[i] for i in order], limit=WORST)
     style.dress(ax, x="part of the layer (%)", y=label(f"{common}. …" if common else "", 34))
     places, height = np.arange(len(order), dtype=np.float64), 0.8 / len(last)

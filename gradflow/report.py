@@ -217,7 +217,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        printable=lambda value: printable(str(value)), papers=papers, evidence=inventory.evidence
+        printable=lambda value: printable(str(value)), breakable=breakable, papers=papers, evidence=inventory.evidence
     )
     return environment
 
@@ -229,6 +229,11 @@ def papers(text: str) -> Markup:
     """Escaped text in which each arXiv number is a link."""
     link = r'<a href="https://arxiv.org/abs/\1" rel="noreferrer">arXiv:\1</a>'
     return Markup(_PAPER.sub(link, str(escape(printable(text)))))  # noqa: S704 (escaped a moment before)
+
+
+def breakable(name: str) -> Markup:
+    """An escaped name that may go to the next line behind each dot, rather than in the middle of a word."""
+    return Markup(str(escape(printable(str(name)))).replace(".", ".<wbr>"))  # noqa: S704 (escaped a moment before)
 
 
 def _write(text: str, path: str | os.PathLike[str]) -> Path:

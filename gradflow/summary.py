@@ -183,7 +183,8 @@ def _severity_of(name: str, findings: Sequence[Finding]) -> str:
 def recording(run: Run, view: View) -> list[Fact]:
     """What was recorded, of what, how, and at what cost; `view` is the run's."""
     meta, steps = run.meta, view.steps
-    config = meta.get("config") or {}
+    config = dict(meta.get("config") or {})
+    started = str(meta.get("started") or config.pop("started", "") or "unknown")
     parts = (("branch", run.branches), ("stream", run.streams), ("layer", run.layers), ("parameter", run.parameters))
     facts = [
         Fact("Model", str(meta.get("model") or "unnamed")),
@@ -193,7 +194,7 @@ def recording(run: Run, view: View) -> list[Fact]:
         Fact("Optimizer", "; ".join(_optimizer(o) for o in meta.get("optimizers") or []) or "none known"),
         Fact("Precision", str(meta.get("precision") or "unknown")),
         Fact("Processes", str(meta.get("world_size") or 1)),
-        Fact("Started", str(meta.get("started") or "unknown")),
+        Fact("Started", started.replace("T", " ", 1).replace("+00:00", " UTC")),
         Fact("Versions", f"gradflow {meta.get('gradflow') or '?'}, torch {meta.get('torch') or '?'}"),
     ]  # fmt: skip
     _, seconds = view.series("seconds")

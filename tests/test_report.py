@@ -15,10 +15,10 @@ from gradflow.grids import View
 from gradflow.report import compare, papers, render, render_comparison, report
 from gradflow.wording import number
 
-VOID = {"meta", "br", "img", "input", "link", "hr"}
+VOID = {"wbr", "meta", "br", "img", "input", "link", "hr"}
 ALLOWED = set(
     "html head meta title style body a header span h1 h2 h3 h4 p nav ul ol li main section div article details summary dl dt dd table caption thead tbody tr th td "
-    "figure figcaption strong bdi code br footer svg g path text tspan use defs clippath rect image desc line".split()
+    "figure figcaption strong bdi code br wbr footer svg g path text tspan use defs clippath rect image desc line".split()
 )
 
 
@@ -27,12 +27,13 @@ class Page(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.elements, self.words, self._open, self._hidden = [], [], [], 0
+        self.elements, self.words, self._open, self._joined = [], [], [], False
         self.feed(html)
         self.close()
         assert self._open == [], self._open
 
     def handle_starttag(self, tag, attrs):
+        self._joined = tag == "wbr"
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self._open.append(tag)
@@ -45,7 +46,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self._open and self._open[-1] not in {"style", "title", "desc", "text", "tspan"}:
-            self.words.append(data)
+            if self._joined:  # a word that may be broken is one word
+                self.words[-1] += data
+            else:
+                self.words.append(data)
+        self._joined = False
 
     @property
     def text(self) -> str:
@@ -109,6 +114,12 @@ def test_findings_come_from_the_rules_unless_they_are_given():
     text = Page(render(runs.trunk(last=1000))).text
     assert "vanishing-gradient" in text
     assert "Healthy" not in text
+
+
+def test_when_it_started_is_told_wherever_it_was_written():
+    for place in ({"started": "2026-01-05T10:00:00+00:00"}, {"started": "", "config": {"rows": 9, "started": "2026-01-05T10:00:00+00:00"}}):
+        text = Page(render(runs.Maker(blocks=1, last=2).run(**place), findings=[])).text
+        assert "Started 2026-01-05 10:00:00 UTC" in text
 
 
 def test_notes_alone_leave_a_run_healthy():
