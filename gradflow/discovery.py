@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import random
 import sys
@@ -46,10 +47,23 @@ def discover(model: nn.Module, /, *args: Any, **kwargs: Any) -> tuple[Graph, Str
             f"expected a torch.nn.Module and what its forward takes, as in find_branches(model, batch); got {kind}"
         )
     tracer = Tracer(model)
-    with preserved(model), eager(model), tracer:
-        model(*args, **kwargs)
-    graph = tracer.take()
-    return graph, analyse(graph)
+    with _collection_paused():
+        with preserved(model), eager(model), tracer:
+            model(*args, **kwargs)
+        graph = tracer.take()
+        return graph, analyse(graph)
+
+
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No garbage collection: thousands of small records would set off collections of the whole heap."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -14,24 +14,29 @@ _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _FLAT = (str, bytes, int, float, nn.Module, type, torch.dtype, torch.device)
 
 
-def module_paths(model: nn.Module) -> dict[nn.Module, str]:
-    """Dotted path of every module, the first name for a shared one, without the segments that wrappers add.
+def survey(model: nn.Module) -> tuple[dict[nn.Module, str], dict[int, tuple[str, bool]]]:
+    """Paths of the modules, and by `id` the name of every parameter and buffer with whether it is a buffer.
 
-    Left out: wrappers themselves (DDP, compiled, checkpointed, FSDP), which add nothing of their own, and what is
-    inside a scripted module, where Python hooks do not run.
+    A path is dotted, the first one for a shared module, without the segments that wrappers add. Left out are wrappers
+    themselves (DDP, compiled, checkpointed, FSDP), which add nothing of their own, and what is inside a scripted
+    module, where Python hooks do not run.
     """
-    return {module: path for module, path, hidden in _walk(model) if not hidden}
+    paths: dict[nn.Module, str] = {}
+    names: dict[int, tuple[str, bool]] = {}
+    for module, path, hidden in _walk(model):
+        if not hidden:
+            paths[module] = path
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), (prefix + name, False))
+        for name, buffer in module.named_buffers(recurse=False):
+            names.setdefault(id(buffer), (prefix + name, True))
+    return paths, names
 
 
 def names_by_identity(model: nn.Module) -> dict[int, tuple[str, bool]]:
-    """By `id`: the stripped name of every parameter and buffer, and whether it is a buffer."""
-    names: dict[int, tuple[str, bool]] = {}
-    for module, path, _ in _walk(model):
-        tensors = [(name, b, True) for name, b in module.named_buffers(recurse=False)]
-        tensors += [(name, p, False) for name, p in module.named_parameters(recurse=False)]
-        for name, tensor, buffer in tensors:
-            names.setdefault(id(tensor), (f"{path}.{name}" if path else name, buffer))
-    return names
+    """By `id`: the name of every parameter and buffer, and whether it is a buffer."""
+    return survey(model)[1]
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
@@ -67,20 +72,20 @@ def _stripped(name: str, parallel: set[str]) -> str:
 def tensors_in(value: Any, depth: int = 4, *, objects: bool = True) -> list[Tensor]:
     """Tensors nested in tuples, lists, mappings, dataclasses and (with `objects`) plain objects, in order."""
     found: list[Tensor] = []
-    _collect(value, depth, found, objects)
+    if isinstance(value, Tensor):
+        found.append(value)
+    else:
+        _collect(value, depth, found, objects)
     return found
 
 
 def _collect(value: Any, depth: int, found: list[Tensor], objects: bool) -> None:
-    if isinstance(value, Tensor):
-        found.append(value)
-        return
     if value is None or depth == 0 or isinstance(value, _FLAT):
         return
     for item in _items(value, objects):
         if isinstance(item, Tensor):
             found.append(item)
-        elif item is not None:
+        elif item is not None and not isinstance(item, _FLAT):
             _collect(item, depth - 1, found, objects)
 
 

@@ -46,7 +46,7 @@ class Register(Sequence[Node]):
         self.call = -1
         self.problems: list[Problem] = []
         self.rows: list[_Row] = []
-        self._masks: list[int] = []  # ancestors and the node itself
+        self._masks: list[int] = []
         self._refs: list[weakref.ref[Tensor]] = []
         self.entries: dict[int, tuple[weakref.ref[Tensor], int, int, bool]] = {}
         self.overwrites = False  # versions need no look while nothing was overwritten
@@ -101,11 +101,6 @@ class Register(Sequence[Node]):
     ) -> int:
         """Make a node for a tensor (runs at every operation)."""
         index = len(self.rows)
-        mask = 1 << index
-        masks = self._masks
-        for parent in parents:
-            mask |= masks[parent]
-        masks.append(mask)
         grad = tensor.requires_grad
         self.rows.append((op, parents, self.scope, self.call, tensor.shape, tensor.dtype, grad, inplace, detail))
         reference = weakref.ref(tensor)
@@ -171,7 +166,7 @@ class Register(Sequence[Node]):
     def _adopted(self, tensor: Tensor, node: int) -> int:
         """Node of a tensor that autograd took over after it was made: a custom function's or a checkpoint's output."""
         parents, _ = self._walk(tensor.grad_fn, self._filed_edges())
-        new = [parent for parent in parents if not self._masks[node] >> parent & 1]
+        new = [parent for parent in parents if not self._mask(node) >> parent & 1]
         return self.add(tensor, "alias", (node, *new), {})
 
     def _walk(self, start: Any, edges: dict[tuple[Any, int], int]) -> tuple[list[int], bool]:
@@ -236,11 +231,21 @@ class Register(Sequence[Node]):
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
         op, parents, scope, call, shape, dtype, grad, inplace, detail = self.rows[index]
-        ancestors = self._masks[index] ^ (1 << index)
+        ancestors = self._mask(index) ^ (1 << index)
         axis = self._axis(index)
         return Node(
             index, op, parents, ancestors, scope, call, _sizes(shape), is_signal(dtype), grad, axis, inplace, detail
         )
+
+    def _mask(self, index: int) -> int:
+        """Mask of a row's ancestors and the row itself."""
+        masks = self._masks
+        for row in range(len(masks), index + 1):
+            mask = 1 << row
+            for parent in self.rows[row][1]:
+                mask |= masks[parent]
+            masks.append(mask)
+        return masks[index]
 
     def _axis(self, index: int) -> int:
         """Axis of the features in a row's tensor."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradflow.attachment import Attachment
-from gradflow.modules import module_paths, names_by_identity
+from gradflow.modules import survey
 from gradflow.modules import tensors_in as tensors_in
 from gradflow.operations import Operation, operation
 from gradflow.records import Call, Graph, Node
@@ -103,8 +103,9 @@ class Tracer(TorchFunctionMode):
     # ---------------------------------------------------------------- opening and closing
 
     def __enter__(self) -> Tracer:  # noqa: PYI034
-        self._names = self._register.names = names_by_identity(self.model)
-        self._attachment.open(module_paths(self.model))
+        paths, names = survey(self.model)
+        self._names = self._register.names = names
+        self._attachment.open(paths)
         return self
 
     def __exit__(
@@ -242,18 +243,35 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         """Run one operation and put it into the graph (runs at every operation)."""
         kwargs = kwargs or {}
-        pending = self._before(func, args, kwargs)
+        what = operation(func)
+        if what.unseen or self._failed or _current_backward() != -1:
+            return func(*args, **kwargs)
+        if what.name in self._watches or what.name in _BACKWARD:
+            return self._observed(what, func, args, kwargs)
+        try:
+            parents = () if what.factory else self._parents(what, args, kwargs)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the model's operation runs)
+            self._fault(error)
         out = func(*args, **kwargs)  # once, whatever happens to us; what it raises is the model's own
+        if self._failed:
+            return out
+        try:
+            self._record(what, parents, args, kwargs, out)
+        except Exception as error:  # noqa: BLE001
+            self._fault(error)
+        return out
+
+    def _observed(self, what: Operation, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+        """Run an operation that the observer wants to know of."""
+        pending = self._before(what, func, args, kwargs)
+        out = func(*args, **kwargs)
         if pending is not None:
             self._after(pending, func, args, kwargs, out)
         return out
 
-    def _before(self, func: Any, args: _Args, kwargs: _Kwargs) -> _Pending | None:
-        """What must be known before an operation runs; None if it is not traced."""
+    def _before(self, what: Operation, func: Any, args: _Args, kwargs: _Kwargs) -> _Pending | None:
+        """What must be known before an observed operation runs; None if we failed."""
         try:
-            what = operation(func)
-            if what.unseen or self._failed or _current_backward() != -1:
-                return None
             if what.name in _BACKWARD:
                 if self.observer is not None:
                     self.observer.backward(what.name, args)
@@ -296,7 +314,7 @@ class Tracer(TorchFunctionMode):
                 entry = entries.get(id(value))
                 known = entry is not None and entry[0]() is value and entry[3] and not register.overwrites
                 parents.append(entry[1] if known and entry is not None else register.node_for(value))
-            elif isinstance(value, (tuple, list)):
+            elif isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
                 parents += [register.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
         for key, value in kwargs.items():
             if key != "out" and isinstance(value, (Tensor, tuple, list)):
