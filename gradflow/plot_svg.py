@@ -41,8 +41,8 @@ def to_svg(figure: Figure, *, key: str, title: str, description: str) -> str:
     """The figure as an `<svg>` element for a page, with a text alternative; `key` makes its ids unique there."""
     file = io.BytesIO()
     with matplotlib.style.context(["default", SETTINGS]), quiet():
-        FigureCanvasSVG(figure)
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        # Not figure.savefig, which draws everything twice.
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # type: ignore[no-untyped-call]
     root = ET.fromstring(file.getvalue())  # noqa: S314 (written by matplotlib a line above)
     _shrink(root)
     _own_ids(root, key)

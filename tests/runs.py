@@ -65,11 +65,11 @@ def spread(steps: np.ndarray, count: int) -> np.ndarray:
 class Maker:
     """Draws the figures of one made-up training run."""
 
-    def __init__(self, *, blocks=12, last=1000, every=50, placement="pre-norm", residual=True, seed=0, width=384, prefix="blocks", growth=0.0, decay=1.0, steps=None):
+    def __init__(self, *, blocks=12, last=1000, every=50, placement="pre-norm", residual=True, seed=0, width=384, prefix="blocks", growth=0.0, decay=1.0, steps=None, light=False):
         self.random = np.random.default_rng(seed)
         self.steps = cadence(last, every) if steps is None else np.asarray(steps, dtype=np.int64)
         self.placement, self.residual, self.width, self.prefix = placement, residual, width, prefix
-        self.growth, self.decay = growth, decay
+        self.growth, self.decay, self.light = growth, decay, light
         self.parts = [f"{prefix}.{i}.{part}" for i in range(blocks) for part in ("attn", "mlp")]
         self.count = len(self.parts)
         self.n = 8 * 128 * width
@@ -125,6 +125,9 @@ class Maker:
         if self.residual:
             made["branches"] = self.flat("branches", "branch", self.parts, columns)
         made["streams"] = self.streams_table(columns)
+        if self.light:  # without layers, parameters and attention, for runs that are huge already
+            self.layers = self.parameters = []
+            return made
         layers = [f"{part}.{leaf}" for part in self.parts for leaf in ("fc", "act")]
         shape = (S, len(layers))
         active = np.array([leaf.endswith("act") for leaf in layers])

@@ -308,7 +308,7 @@ def test_a_run_of_fifty_branches_and_two_hundred_steps_is_reported_in_under_four
 
 @pytest.mark.slow
 def test_a_thousand_branches_by_five_thousand_steps_is_reported_in_under_thirty_seconds(tmp_path):
-    run = runs.prenorm(blocks=500, steps=np.arange(5000))
+    run = runs.prenorm(blocks=500, steps=np.arange(5000), light=True)
     start = time.process_time()
     path = report(run, tmp_path / "report.html", findings=[])
     assert time.process_time() - start < 30
