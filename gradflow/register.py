@@ -229,13 +229,25 @@ class Register(Sequence[Node]):
     def __getitem__(self, index: int | slice) -> Node | tuple[Node, ...]:
         """A row as a node."""
         if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
-        op, parents, scope, call, shape, dtype, grad, inplace, detail = self.rows[index]
-        ancestors = self._mask(index) ^ (1 << index)
-        axis = self._axis(index)
-        return Node(
-            index, op, parents, ancestors, scope, call, _sizes(shape), is_signal(dtype), grad, axis, inplace, detail
-        )
+            return self._between(*index.indices(len(self)))
+        return self._between(index, index + 1, 1)[0]
+
+    def _between(self, start: int, stop: int, step: int) -> tuple[Node, ...]:
+        """The nodes of a range of rows."""
+        if stop > start:
+            self._mask(stop - 1)
+            self._axis(stop - 1)
+        masks, axes, rows = self._masks, self._axes, self.rows
+        nodes = []
+        for index in range(start, stop, step):
+            op, parents, scope, call, shape, dtype, grad, inplace, detail = rows[index]
+            nodes.append(
+                Node(
+                    index, op, parents, masks[index] ^ (1 << index), scope, call, _sizes(shape), is_signal(dtype), grad,
+                    axes[index], inplace, detail,
+                )  # fmt: skip
+            )
+        return tuple(nodes)
 
     def _mask(self, index: int) -> int:
         """Mask of a row's ancestors and the row itself."""

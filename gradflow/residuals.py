@@ -68,8 +68,10 @@ def _depths(graph: Graph, joins: set[int]) -> list[int]:
     """Joins on the longest path to every node, itself included."""
     depths: list[int] = []
     for node in graph.nodes:
-        above = max((depths[p] for p in node.parents), default=0)
-        depths.append(above + (node.index in joins))
+        depth = 0
+        for parent in node.parents:
+            depth = max(depth, depths[parent])
+        depths.append(depth + (node.index in joins))
     return depths
 
 

@@ -133,7 +133,7 @@ class Tracer(TorchFunctionMode):
         """Graph of the pass so far; the tracer begins a new pass."""
         calls = tuple(Call(f.index, f.path, f.parent, f.kind, f.grad, f.outputs, f.inputs) for f in self._calls)
         register = self._register
-        graph = Graph(tuple(register), calls, tuple(register.problems))
+        graph = Graph(register[:], calls, tuple(register.problems))
         self.clear()
         return graph
 
