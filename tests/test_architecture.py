@@ -37,8 +37,8 @@ LEVELS = [
         "grids readings",
     ],
     [
-        """buffer hooks join_taps ledgers layer_taps parameter_taps stream_taps attention_taps taps description recording
-        scaling stepping recorder""",
+        """buffer measurable hooks join_taps ledgers layer_taps parameter_taps stream_taps attention_taps taps description recording
+        sharding scaling stepping recorder""",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
         rules.signals rules.tokens rules.units rules""",
