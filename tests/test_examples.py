@@ -1,4 +1,5 @@
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run_example(name, out, steps):
     command = [sys.executable, EXAMPLES / name, "--steps", str(steps), "--out", out]
-    return subprocess.run(command, cwd=out.parent, capture_output=True, text=True, timeout=300)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=out.parent, env=one_thread, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(
