@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import rule_runs
 import runs
@@ -402,3 +403,12 @@ def test_a_thousand_branches_over_two_thousand_steps_are_judged_in_seconds():
     start = time.perf_counter()
     diagnose(run)
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("name", split(rule_runs.HEALTHY, ["mlp-he-sgd", "rezero", "torch-encoder-pre"]))
+def test_healthy_training_raises_no_alarm_at_any_step_of_the_way(name):
+    run = healthy(name)
+    for step in run.steps:
+        tables = {t: run.table(t).select([c.name for c in schema.TABLES[t]]) for t in schema.TABLES}
+        so_far = Run(run.meta, {t: table.filter(pc.less_equal(table["step"], step)) for t, table in tables.items()})
+        assert alarms(so_far) == [], step

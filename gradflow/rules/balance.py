@@ -107,11 +107,12 @@ def inert(view: View) -> list[Finding]:
     grid = view.grid("branches")
     if not grid.keys or not len(grid.steps) or grid.steps[-1] < PATIENCE:
         return []
-    free, _ = _identity(view)
+    free, depth = _identity(view)
     cosine, ratio = kept_cosine(view), grid["branch_ratio"]
     known = np.isfinite(cosine) & free
     dull = lasting(known & (cosine > NEARLY_INERT.value), known)
-    dead = lasting(known & (cosine > INERT.value), known)
+    natural = 0.5 * np.sqrt(np.asarray(theory.prenorm_branch_share(np.maximum(depth, 1).astype(np.float64))))
+    dead = lasting(known & (cosine > INERT.value) & (ratio < natural), known)
     if grid.steps[-1] < SILENCE_PATIENCE.value:
         first = np.array([column[np.isfinite(column)][0] if np.isfinite(column).any() else 0.0 for column in ratio.T])
         dead &= first > STARTED
@@ -208,8 +209,8 @@ INERT_DEPTH: Rule = Rule(
     says="deep blocks hardly change the stream",
     severities=("warning", "info"),
     criterion=(
-        "After 300 steps (1,000 for branches that started near zero), over half of the joins above the threshold: "
-        "warning; over a third above 0.995: info."
+        "After 300 steps (1,000 for branches that started near zero), over half of the joins above the threshold "
+        "and under half of 1/√l: warning; over a third above 0.995: info."
     ),
     thresholds=(INERT, NEARLY_INERT),
     source="Sun et al. 2025, The Curse of Depth, arXiv:2502.05795",

@@ -61,7 +61,7 @@ def _blocked_branches(view: View) -> list[Finding]:
     return [
         Finding(
             code="blocked-gradient",
-            severity="warning",
+            severity="error" if starved else "warning",
             where=unique(names),
             steps=(int(grid.steps[0]), int(grid.steps[-1])),
             claim=(

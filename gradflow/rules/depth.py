@@ -13,13 +13,19 @@ from gradflow.rules.view import window
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from gradflow.records import Branch
+    from gradflow.records import Branch, Severity
     from gradflow.rules.view import Bools, Floats, View
 
 WEIGHT_LAYERS = re.compile(r"linear|conv|dense|bilinear", re.IGNORECASE)
 ATTENTION = re.compile(r"att(?:n|ention)", re.IGNORECASE)
 LEAST_POINTS = 4
 """A profile over fewer points is no depth: two or three layers may differ by anything."""
+
+
+YOUNG = 30
+"""Steps up to which a plain stack may still grow out of a poor initialisation, as healthy ones of 8 layers do."""
+YOUNG_FACTOR = 1e-2
+"""How much worse than its threshold a young run must be to be alarming."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,11 @@ def _layer_profile(view: View) -> list[Profile]:
             np.sqrt(signal / n), np.sqrt(gradient), np.sqrt(gradient / n), reached, empty,
         )
     ]  # fmt: skip
+
+
+def grave(view: View, severity: Severity, *, certain: bool) -> Severity:
+    """The severity, but info where the run is young and things are not so bad that they cannot heal."""
+    return severity if certain or view.steps[-1] >= YOUNG else "info"
 
 
 def ends(values: Floats) -> tuple[int, int] | None:

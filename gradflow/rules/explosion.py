@@ -120,6 +120,16 @@ def running_median(values: Floats, past: int = PAST) -> Floats:
     return result
 
 
+def _risen(view: View, begin: int, end: int) -> tuple[str, ...]:
+    """Parameters whose gradient rose most between the sampled steps before `begin` and those of [begin, end]."""
+    grid = view.grid("parameters")
+    size = np.sqrt(grid["grad_sq"])
+    inside = (grid.steps >= begin) & (grid.steps <= end)
+    growth = median(size[inside]) / median(size[grid.steps < begin])
+    order = np.argsort(-np.nan_to_num(growth, posinf=0.0), kind="stable")
+    return tuple(grid.names[i] for i in order[:3] if np.isfinite(growth[i]) and growth[i] > 1) or ("loss",)
+
+
 def _in_time(view: View) -> list[Finding]:
     """Find a global norm that left its past behind, several steps long or right before the run went non-finite."""
     norm, loss = view.series("grad_norm"), view.series("loss")
@@ -144,7 +154,7 @@ def _in_time(view: View) -> list[Finding]:
         Finding(
             code="exploding-gradient",
             severity="error",
-            where=("loss",),
+            where=_risen(view, *steps),
             steps=steps,
             claim=(
                 f"The global gradient norm rose to {number(peak)} from step {steps[0]} on, {number(peak / usual)} "
@@ -189,7 +199,7 @@ def spikes(view: View) -> list[Finding]:
         Finding(
             code="gradient-spike",
             severity="warning" if lifted or times > 5 * SPIKE.value else "info",
-            where=("loss",),
+            where=_risen(view, int(view.steps[worst]), int(view.steps[worst])),
             steps=(int(view.steps[lone[0]]), int(view.steps[lone[-1]])),
             claim=(
                 f"At step {int(view.steps[worst])} the global gradient norm was {number(float(norm[worst]))}, "

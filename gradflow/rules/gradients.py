@@ -8,7 +8,7 @@ import numpy as np
 
 from gradflow import theory
 from gradflow.records import Finding
-from gradflow.rules.depth import WEIGHT_LAYERS, Profile, ends, profiles
+from gradflow.rules.depth import WEIGHT_LAYERS, YOUNG_FACTOR, Profile, ends, grave, profiles
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.texts import number, unique
 from gradflow.rules.view import lasting, median, spell
@@ -123,7 +123,11 @@ def _vanishing(view: View, profile: Profile) -> Finding | None:
     remedy, second = _remedies(view, profile, init)
     return Finding(
         code="vanishing-gradient",
-        severity="error" if now < 0.1 * allowed * theirs and samples >= 2 else "warning",
+        severity=grave(
+            view,
+            "error" if now < 0.1 * allowed * theirs and samples >= 2 else "warning",
+            certain=now < YOUNG_FACTOR * allowed * theirs,
+        ),
         where=places(profile, first, -losses(profile, first, last)),
         steps=spell(mask, known, profile.steps),
         claim=(
@@ -204,10 +208,11 @@ def _remedies(view: View, profile: Profile, init: str | None) -> tuple[str, str]
 VANISHING: Rule = Rule(
     code="vanishing-gradient",
     says="the gradient dies on its way to the input",
-    severities=("error", "warning"),
+    severities=("error", "warning", "info"),
     criterion=(
         "Gradient at the first point of a stream or trunk over that at the last, in norm and per element, below the "
-        "threshold times what placement and depth predict, over the last third of the sampled steps."
+        "threshold times what placement and depth predict, over the last third of the sampled steps; before step 30 a "
+        "hundred times worse, else info."
     ),
     thresholds=(VANISHED, VANISHED_ALIGNED),
     source="Glorot & Bengio 2010; He et al. 2015, arXiv:1502.01852; post-norm attention: gain² = 1/(1+ρ), derived",

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradflow import theory
 from gradflow.records import Finding
-from gradflow.rules.depth import WEIGHT_LAYERS, Profile, profiles
+from gradflow.rules.depth import WEIGHT_LAYERS, YOUNG_FACTOR, Profile, grave, profiles
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.texts import number, unique
 from gradflow.rules.view import lasting, median, spell
@@ -169,7 +169,7 @@ def _weighted(view: View, profile: Profile) -> list[int]:
     grid = view.grid("layers")
     kinds = dict(zip(grid.names, grid.text("kind"), strict=True))
     weighted = [i for i, point in enumerate(profile.points) if WEIGHT_LAYERS.search(kinds.get(point, ""))]
-    return (weighted if len(weighted) >= LEAST_DEPTH else list(range(len(profile.points))))[:-1]
+    return (weighted or list(range(len(profile.points))))[:-1]
 
 
 def _collapse(view: View, profile: Profile) -> Finding | None:
@@ -193,7 +193,7 @@ def _collapse(view: View, profile: Profile) -> Finding | None:
     steepest = np.argsort(change)[: max(1, len(falling))]
     return Finding(
         code="signal-collapse",
-        severity="error" if left < 1e-6 else "warning",
+        severity=grave(view, "error" if left < 1e-6 else "warning", certain=left < YOUNG_FACTOR * TOTAL_SHRINK.value),
         where=unique(profile.points[points[int(step) + 1]] for step in sorted(steepest)),
         steps=spell(mask, known, profile.steps),
         claim=(
@@ -251,10 +251,11 @@ EXPLOSION: Rule = Rule(
 COLLAPSE: Rule = Rule(
     code="signal-collapse",
     says="the signal dies with depth",
-    severities=("error", "warning"),
+    severities=("error", "warning", "info"),
     criterion=(
         "In a plain stack of 6 weight layers or more, variance at the end under the total threshold of that at the "
-        "start, three layers or more under the gain a layer, and no single layer that accounts for half of the loss."
+        "start, three layers or more under the gain a layer, and no single layer that accounts for half of the loss; "
+        "before step 30 a hundred times worse, else info."
     ),
     thresholds=(SHRINK, TOTAL_SHRINK),
     source="Glorot & Bengio 2010; He et al. 2015, arXiv:1502.01852",

@@ -44,6 +44,11 @@ class Grid:
         self._table = table
         self.steps, self._row = _sorted_unique(table["step"].to_numpy())
         self.keys, self._place = _places(table, keys)
+        shape = (len(self.steps), len(self.keys))
+        # Every thing at every step, in order, is the usual case: columns are then only reshaped.
+        self._full = len(table) == shape[0] * shape[1] and bool(
+            (self._place.reshape(shape) == np.arange(shape[1])).all()
+        )
         self._columns: dict[str, Floats] = {}
 
     @property
@@ -60,12 +65,16 @@ class Grid:
 
     def raw(self, column: str) -> tuple[Floats, Bools]:
         """Values as measured, NaN and infinity included, and where they are not null; both (step, thing)."""
-        values = np.full((len(self.steps), len(self.keys)), np.nan)
-        known = np.zeros(values.shape, dtype=bool)
-        if column in self._table.column_names:
-            chunked = self._table[column]
-            values[self._row, self._place] = chunked.cast(pa.float64()).to_numpy()
-            known[self._row, self._place] = chunked.is_valid().to_numpy()
+        shape = (len(self.steps), len(self.keys))
+        if column not in self._table.column_names:
+            return np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+        chunked = self._table[column]
+        measured, valid = chunked.cast(pa.float64()).to_numpy(), chunked.is_valid().to_numpy()
+        if self._full:
+            return np.array(measured).reshape(shape), np.array(valid).reshape(shape)
+        values, known = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+        values[self._row, self._place] = measured
+        known[self._row, self._place] = valid
         return values, known
 
     def __getitem__(self, column: str) -> Floats:
