@@ -31,6 +31,8 @@ NORMS = frozenset({
 })  # fmt: skip
 ROOTS = frozenset({"rsqrt", "sqrt", "std", "var", "norm", "vector_norm", "linalg_vector_norm", "linalg_norm",
                    "std_mean", "var_mean", "reciprocal"})  # fmt: skip
+# What may stand between a root and the factor that it becomes.
+BESIDE_ROOTS = VIEWS | {"add", "clamp", "clamp_min", "maximum", "div", "mul"}
 # One linear map with one weight.
 LINEAR_MAPS = frozenset({"linear", "conv", "conv_tbc", "matmul", "mm", "bmm", "addmm", "einsum", "baddbmm", "addbmm",
                          "tensordot", "inner", "mv", "addmv", "_grouped_mm", "grouped_mm", "scaled_mm",

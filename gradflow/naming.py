@@ -6,12 +6,10 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from gradflow.paths import interior
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradflow.ancestry import Ancestry
+    from gradflow.roles import Roles
     from gradflow.records import Addend, Graph
 
 
@@ -23,7 +21,7 @@ class Label(NamedTuple):
 
 
 def name_branches(
-    graph: Graph, facts: Ancestry, joins: Sequence[tuple[int, int, tuple[Addend, ...]]]
+    graph: Graph, roles: Roles, joins: Sequence[tuple[int, int, tuple[Addend, ...]]]
 ) -> list[tuple[str, list[Label]]]:
     """For every join (node, fork, addends): its name, and the labels of its branches."""
     in_call = Counter(graph.nodes[node].call for node, _, _ in joins)
@@ -33,7 +31,7 @@ def name_branches(
     named = []
     stops = {node: graph.nodes[node].call for node, _, _ in joins}
     makers = [
-        [_makers(graph, facts, node, fork, addend.node, stops) for addend in addends] for node, fork, addends in joins
+        [_makers(graph, roles, node, fork, addend.node, stops) for addend in addends] for node, fork, addends in joins
     ]
     children = {parts[0] for several in makers for parts in several if len(parts) == 1}
     for (node, _, addends), several, grad in zip(joins, makers, with_grad, strict=True):
@@ -83,7 +81,7 @@ def _common(paths: Sequence[str]) -> str:
 
 
 def _makers(
-    graph: Graph, facts: Ancestry, join: int, fork: int, branch: int, stops: dict[int, int]
+    graph: Graph, roles: Roles, join: int, fork: int, branch: int, stops: dict[int, int]
 ) -> list[str]:
     """Paths of the outermost modules called in the join's forward (else: the parameters) that the branch passes.
 
@@ -92,7 +90,7 @@ def _makers(
     """
     call = graph.nodes[join].call
     scope = graph.nodes[join].scope
-    within = set(interior(facts, fork, branch))
+    within = set(roles.between(fork, branch))
     found: list[str] = []
     queue, seen = [branch], {branch}
     order: list[int] = []
@@ -105,10 +103,10 @@ def _makers(
         seen.update(new)
         queue += new
     for index in sorted(order):
-        if facts.learned[index]:
+        if roles.weights[index] is not None:
             found.append(_child(graph, index, call) or _weight_name(graph, index, scope))
     if not found and stops:
-        return _makers(graph, facts, join, fork, branch, {})
+        return _makers(graph, roles, join, fork, branch, {})
     return list(dict.fromkeys(found))
 
 

@@ -7,11 +7,48 @@ executes the structure; a run directory stores `Branch`, `Layer` and `Stream`; r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Kind = Literal["identity", "projection"]
 Placement = Literal["pre-norm", "post-norm", "none"]
 Severity = Literal["error", "warning", "info"]
+
+
+class Lineage:
+    """Ancestors of a graph's nodes, worked out on demand: the masks of all at once would grow with the square.
+
+    Args:
+        parents: Parents of every node, by index.
+    """
+
+    __slots__ = ("_known", "_parents")
+
+    _KEPT = 20_000  # nodes; their masks take 50 MB
+
+    def __init__(self, parents: Sequence[tuple[int, ...]]) -> None:
+        self._parents = parents
+        self._known: list[int] = []
+
+    def ancestors(self, index: int) -> int:
+        """Bit mask of every node that a node depends on, itself excluded."""
+        if index < self._KEPT:
+            for node in range(len(self._known), index + 1):
+                mask = 0
+                for parent in self._parents[node]:
+                    mask |= self._known[parent] | 1 << parent
+                self._known.append(mask)
+            return self._known[index]
+        found = bytearray(index // 8 + 1)
+        queue = [index]
+        while queue:
+            for parent in self._parents[queue.pop()]:
+                if not found[parent // 8] >> parent % 8 & 1:
+                    found[parent // 8] |= 1 << parent % 8
+                    queue.append(parent)
+        return int.from_bytes(found, "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +61,6 @@ class Node:
             output that no operation accounts for: a scripted module, a custom kernel), else the operation's name
             without namespace and in-place underscore: `"add"`, `"linear"`, `"layer_norm"`, ...
         parents: Indices of the tensors that the operation read, in argument order.
-        ancestors: Bit mask of every node that this one depends on, itself excluded.
         scope: Dotted path of the module in whose forward the operation ran, `""` for the root.
         call: Which call of a module, counted over the whole pass (index into `Graph.calls`), ran the operation.
         shape: Shape of the tensor.
@@ -32,13 +68,13 @@ class Node:
         requires_grad: Whether autograd follows it.
         channel_dim: Axis of the features: -1 after linear maps, 1 after convolutions.
         inplace: Whether the operation overwrote its first operand.
-        detail: What the analysis needs besides: scalar factors, `alpha`, whether an index was a partial slice, ...
+        detail: What the analysis needs besides: scalar factors, `alpha`, the index of a slice, axes moved, ...
+        lineage: The parents of every node of the graph.
     """
 
     index: int
     op: str
     parents: tuple[int, ...]
-    ancestors: int
     scope: str
     call: int
     shape: tuple[int, ...]
@@ -47,6 +83,12 @@ class Node:
     channel_dim: int = -1
     inplace: bool = False
     detail: dict[str, Any] = field(default_factory=dict)
+    lineage: Lineage | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def ancestors(self) -> int:
+        """Bit mask of every node that this one depends on, itself excluded."""
+        return 0 if self.lineage is None else self.lineage.ancestors(self.index)
 
 
 @dataclass(frozen=True, slots=True)

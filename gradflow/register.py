@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.axes import features_axis
-from gradflow.records import Node, Problem
+from gradflow.records import Lineage, Node, Problem
 
 _WALK_LIMIT = 20_000
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "dropout", "pow", "tanh", "relu", "gelu", "silu", "contiguous"})
@@ -46,7 +46,7 @@ class Register(Sequence[Node]):
         self.call = -1
         self.problems: list[Problem] = []
         self.rows: list[_Row] = []
-        self._masks: list[int] = []
+        self._lineage = Lineage(_Parents(self.rows))
         self._refs: list[weakref.ref[Tensor]] = []
         self.entries: dict[int, tuple[weakref.ref[Tensor], int, int, bool]] = {}
         self.overwrites = False  # versions need no look while nothing was overwritten
@@ -75,14 +75,14 @@ class Register(Sequence[Node]):
             return self._adopted(tensor, entry[1])
         return entry[1]
 
-    def node_for(self, tensor: Tensor) -> int:
-        """Node of an operand, made on the spot for a tensor from outside."""
+    def node_for(self, tensor: Tensor, kind: str = "") -> int:
+        """Node of an operand, made on the spot for a tensor from outside (`kind`: what such a tensor is)."""
         node = self.node_of(tensor)
         if node is not None:
             return node
         if tensor.grad_fn is not None:
             return self._resolved(tensor)
-        return self.outside(tensor, "constant" if self.call >= 0 else "input")
+        return self._outside(tensor, kind or ("constant" if self.call >= 0 else "input"))
 
     def handed_on(self, tensor: Tensor) -> bool:
         """Whether an operation's result is a known tensor that it did not change."""
@@ -119,7 +119,7 @@ class Register(Sequence[Node]):
                 self.edges[index] = (function, tensor.output_nr)
         return index
 
-    def outside(self, tensor: Tensor, kind: str) -> int:
+    def _outside(self, tensor: Tensor, kind: str) -> int:
         """Node of a tensor that no operation made: a parameter, a buffer, an input, a constant."""
         name = self.names.get(id(tensor))
         if isinstance(tensor, nn.Parameter):
@@ -166,7 +166,7 @@ class Register(Sequence[Node]):
     def _adopted(self, tensor: Tensor, node: int) -> int:
         """Node of a tensor that autograd took over after it was made: a custom function's or a checkpoint's output."""
         parents, _ = self._walk(tensor.grad_fn, self._filed_edges())
-        new = [parent for parent in parents if not self._mask(node) >> parent & 1]
+        new = [parent for parent in parents if not self._lineage.ancestors(node) >> parent & 1]
         return self.add(tensor, "alias", (node, *new), {})
 
     def _walk(self, start: Any, edges: dict[tuple[Any, int], int]) -> tuple[list[int], bool]:
@@ -235,29 +235,16 @@ class Register(Sequence[Node]):
     def _between(self, start: int, stop: int, step: int) -> tuple[Node, ...]:
         """The nodes of a range of rows."""
         if stop > start:
-            self._mask(stop - 1)
             self._axis(stop - 1)
-        masks, axes, rows = self._masks, self._axes, self.rows
+        axes, rows, lineage = self._axes, self.rows, self._lineage
         nodes = []
         for index in range(start, stop, step):
             op, parents, scope, call, shape, dtype, grad, inplace, detail = rows[index]
+            sizes, signal = _sizes(shape), is_signal(dtype)
             nodes.append(
-                Node(
-                    index, op, parents, masks[index] ^ (1 << index), scope, call, _sizes(shape), is_signal(dtype), grad,
-                    axes[index], inplace, detail,
-                )  # fmt: skip
+                Node(index, op, parents, scope, call, sizes, signal, grad, axes[index], inplace, detail, lineage)
             )
         return tuple(nodes)
-
-    def _mask(self, index: int) -> int:
-        """Mask of a row's ancestors and the row itself."""
-        masks = self._masks
-        for row in range(len(masks), index + 1):
-            mask = 1 << row
-            for parent in self.rows[row][1]:
-                mask |= masks[parent]
-            masks.append(mask)
-        return masks[index]
 
     def _axis(self, index: int) -> int:
         """Axis of the features in a row's tensor."""
@@ -271,6 +258,19 @@ class Register(Sequence[Node]):
             kept = op in _ELEMENTWISE and shape == before
             axes.append(axes[first] if kept else features_axis(op, detail.get("axes", ()), before, axes[first], shape))
         return axes[index]
+
+
+class _Parents(Sequence[tuple[int, ...]]):
+    """The parents column of the rows."""
+
+    def __init__(self, rows: list[_Row]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index][1]
 
 
 def _sizes(shape: torch.Size) -> tuple[int, ...]:

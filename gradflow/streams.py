@@ -14,7 +14,7 @@ from gradflow.records import Stream
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradflow.ancestry import Ancestry
+    from gradflow.roles import Roles
     from gradflow.records import Graph, Join
 
 _LINKS = frozenset({"relu", "gelu", "silu", "leaky_relu", "elu", "relu6", "hardswish", "mish", "tanh", "clamp", "prelu"})
@@ -26,27 +26,27 @@ _EXACT = families.VIEWS - {
 }  # fmt: skip
 
 
-def is_post_norm(graph: Graph, facts: Ancestry, join: int, forks: Sequence[int]) -> bool:
+def is_post_norm(graph: Graph, roles: Roles, join: int, forks: Sequence[int]) -> bool:
     """Whether a join's output goes on through a norm alone, one of the join's own module or the next fork's."""
-    norms = _only_norms(facts, join)
+    norms = _only_norms(roles, join)
     if not norms:
         return False
     own = any(_runs_within(graph, graph.nodes[n].call, graph.nodes[join].call) for n in norms)
     later = [fork for fork in forks if fork > join]
-    return own or any(n in facts.chain(fork) for fork in later for n in norms)
+    return own or any(n in roles.chain(fork) for fork in later for n in norms)
 
 
-def _only_norms(facts: Ancestry, index: int) -> list[int]:
+def _only_norms(roles: Roles, index: int) -> list[int]:
     """The norms that are all that reads a tensor (for hand-written ones, with their statistics), else nothing."""
     found: list[int] = []
     queue = [index]
     while queue:
         current = queue.pop()
-        for consumer in facts.consumers[current]:
-            node = facts.nodes[consumer]
-            if facts.is_norm(consumer):
+        for consumer in roles.consumers[current]:
+            node = roles.nodes[consumer]
+            if roles.is_norm(consumer):
                 found.append(consumer)
-            elif facts.identity_parent(consumer) == current:
+            elif roles.identity_parent(consumer) == current:
                 queue.append(consumer)
             elif node.op not in {"pow", "mean", "var", "std", "square", "sub", "var_mean", "norm", "vector_norm"}:
                 return []
@@ -63,11 +63,11 @@ def _runs_within(graph: Graph, call: int, outer: int) -> bool:
     return call == outer
 
 
-def find_streams(graph: Graph, facts: Ancestry, joins: list[Join]) -> tuple[list[Join], tuple[Stream, ...]]:
+def find_streams(graph: Graph, roles: Roles, joins: list[Join]) -> tuple[list[Join], tuple[Stream, ...]]:
     """The joins with the name of their stream filled in, and the streams (or the trunk)."""
     if not joins:
         return joins, trunk(graph)
-    chains = _chains(facts, joins)
+    chains = _chains(roles, joins)
     names = _names(graph, joins, chains)
     named = list(joins)
     streams = []
@@ -75,8 +75,8 @@ def find_streams(graph: Graph, facts: Ancestry, joins: list[Join]) -> tuple[list
         for position in chain:
             join = joins[position]
             named[position] = replace(join, branches=tuple(replace(b, stream=name) for b in join.branches))
-        segments = _segments(facts, [joins[position] for position in chain])
-        exact = len(set(segments)) == 1 and _keeps(facts, joins[chain[0]])
+        segments = _segments(roles, [joins[position] for position in chain])
+        exact = len(set(segments)) == 1 and _keeps(roles, joins[chain[0]])
         first = joins[chain[0]]
         points = (_origin(graph, first.fork), *(joins[p].branches[0].join for p in chain))
         nodes = (first.fork, *(joins[p].node for p in chain))
@@ -84,13 +84,13 @@ def find_streams(graph: Graph, facts: Ancestry, joins: list[Join]) -> tuple[list
     return named, tuple(streams)
 
 
-def _chains(facts: Ancestry, joins: list[Join]) -> list[list[int]]:
+def _chains(roles: Roles, joins: list[Join]) -> list[list[int]]:
     """Positions of the joins of each stream. Where several joins leave from one, the outermost goes on with it."""
     at = {join.node: position for position, join in enumerate(joins)}
     successor: dict[int, int] = {}
     before: dict[int, int] = {}
     for position, join in enumerate(joins):
-        source = _source(facts, join.fork, at)
+        source = _source(roles, join.fork, at)
         if source is not None:
             successor[source] = position  # later joins overwrite: the last one encloses the others
     for source, position in successor.items():
@@ -106,43 +106,43 @@ def _chains(facts: Ancestry, joins: list[Join]) -> list[list[int]]:
     return chains
 
 
-def _source(facts: Ancestry, fork: int, at: dict[int, int]) -> int | None:
+def _source(roles: Roles, fork: int, at: dict[int, int]) -> int | None:
     """The join whose output becomes a fork by identity-like operations, norms and activations."""
     index: int | None = fork
     while index is not None:
         if index in at:
             return at[index]
-        node = facts.nodes[index]
-        before = facts.identity_parent(index)
+        node = roles.nodes[index]
+        before = roles.identity_parent(index)
         if before is None and node.op in _LINKS:
             before = node.parents[0]
         elif before is None and node.op in families.ADDITIONS:  # a position put onto the stream
-            signals = [p for p in node.parents[:2] if facts.data[p]]
+            signals = [p for p in node.parents[:2] if roles.data[p]]
             before = signals[0] if len(signals) == 1 else None
         elif before is None:
-            before = facts.norm_source(index)
+            before = roles.norm_source(index)
         index = before
     return None
 
 
-def _segments(facts: Ancestry, chain: list[Join]) -> tuple[int, ...]:
+def _segments(roles: Roles, chain: list[Join]) -> tuple[int, ...]:
     """Number of the piece that each join of a stream belongs to: within one, x_L = x_0 + Σ f holds exactly."""
     numbers = [0]
     for previous, join in pairwise(chain):
-        goes_on = _keeps(facts, previous) and _keeps(facts, join) and _same(facts, join.fork, previous.node)
+        goes_on = _keeps(roles, previous) and _keeps(roles, join) and _same(roles, join.fork, previous.node)
         numbers.append(numbers[-1] + (not goes_on))
     return tuple(numbers)
 
 
-def _keeps(facts: Ancestry, join: Join) -> bool:
+def _keeps(roles: Roles, join: Join) -> bool:
     """Whether the skip is the fork itself but for views."""
-    return join.skip.scale == 1 and _same(facts, join.skip.node, join.fork)
+    return join.skip.scale == 1 and _same(roles, join.skip.node, join.fork)
 
 
-def _same(facts: Ancestry, index: int, origin: int) -> bool:
+def _same(roles: Roles, index: int, origin: int) -> bool:
     while index != origin:
-        node = facts.nodes[index]
-        whole = node.op in families.SLICES and facts.identity_parent(index) is not None
+        node = roles.nodes[index]
+        whole = node.op in families.SLICES and roles.identity_parent(index) is not None
         if node.op not in _EXACT and not whole and not (node.op == "add" and node.detail.get("scalar") == 0):
             return False
         index = node.parents[0]

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gradflow.attachment import Attachment
-from gradflow.modules import survey
-from gradflow.modules import tensors_in as tensors_in
+from gradflow.frames import Frames
+from gradflow.modules import survey, tensors_in
 from gradflow.operations import Operation, operation
-from gradflow.records import Call, Graph, Node
+from gradflow.records import Graph, Node
 from gradflow.register import Register
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import TracebackType
+
+    from torch import nn
+
+    from gradflow.observation import Observer
 
 _DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute", "getitem", "narrow", "select"})
 _BACKWARD = frozenset({"backward", "grad"})
@@ -26,54 +29,6 @@ _current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside 
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 _Pending = tuple[Operation, tuple[int, ...], "tuple[_Args, _Kwargs, Any] | None"]
-
-
-class Observer(Protocol):
-    """What watches a traced pass from inside: the recorder.
-
-    `watches` holds the canonical names of the operations for which `before` and `after` are called.
-    """
-
-    watches: frozenset[str]
-
-    def before(self, op: str, func: Any, args: _Args, kwargs: _Kwargs, operands: tuple[int | None, ...]) -> Any:
-        """Run before a watched operation (in-place ones overwrite); the result is handed to `after`.
-
-        `args` stand in the operation's own order (`b - a` by `__rsub__` comes as `(b, a)`), operands given by keyword
-        included; `operands` are their nodes, None where an argument is no tensor.
-        """
-
-    def after(self, node: int, op: str, func: Any, args: _Args, kwargs: _Kwargs, out: Tensor, token: Any) -> None:
-        """Run after a watched operation made `node`."""
-
-    def entered(self, call: int, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
-        """Run when a module's forward begins."""
-
-    def exited(self, call: int, path: str, module: nn.Module, output: Any) -> None:
-        """Run when a module's forward has ended (`output` is None if it raised)."""
-
-    def backward(self, name: str, args: _Args) -> None:
-        """Run before a backward pass (`name`: `"backward"` or `"grad"`) that starts while the mode is on."""
-
-    def backward_done(self, name: str) -> None:
-        """Run when that backward pass is over, unless it raised."""
-
-    def fault(self, error: Exception) -> None:
-        """Run when the trace itself failed: the model's own operations go on, nothing more is traced."""
-
-
-@dataclass(slots=True)
-class _Frame:
-    """A module's forward that is running, and its row in the graph's calls."""
-
-    index: int
-    path: str
-    parent: int
-    kind: str
-    grad: bool
-    first_node: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...] = ()
 
 
 class Tracer(TorchFunctionMode):
@@ -97,8 +52,7 @@ class Tracer(TorchFunctionMode):
     def clear(self) -> None:
         """Forget the pass so far, and with it every reference to autograd nodes."""
         self._register = Register(self._names)
-        self._calls: list[_Frame] = []
-        self._stack: list[_Frame] = []
+        self._frames = Frames(self._register)
 
     # ---------------------------------------------------------------- opening and closing
 
@@ -112,7 +66,7 @@ class Tracer(TorchFunctionMode):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._attachment.close()
-        self._leave(0)
+        self._frames.leave(0)
 
     def _fault(self, error: Exception) -> None:
         """Our own bookkeeping failed: whoever observes a training hears of it, and the training goes on."""
@@ -127,13 +81,12 @@ class Tracer(TorchFunctionMode):
     @property
     def depth(self) -> int:
         """Module forwards that are running."""
-        return len(self._stack)
+        return len(self._frames)
 
     def take(self) -> Graph:
         """Graph of the pass so far; the tracer begins a new pass."""
-        calls = tuple(Call(f.index, f.path, f.parent, f.kind, f.grad, f.outputs, f.inputs) for f in self._calls)
         register = self._register
-        graph = Graph(register[:], calls, tuple(register.problems))
+        graph = Graph(register[:], self._frames.calls(), tuple(register.problems))
         self.clear()
         return graph
 
@@ -171,70 +124,26 @@ class Tracer(TorchFunctionMode):
         if self._failed or _current_backward() != -1:
             return
         try:
-            self._begin_call(path, module, args, kwargs)
+            with torch._C.DisableTorchFunction():  # noqa: SLF001
+                call = self._frames.begin(path, module, args, kwargs)
+            if self.observer is not None:
+                self.observer.entered(call, path, module, args, kwargs)
         except Exception as error:  # noqa: BLE001 (whatever it is, the model's forward goes on)
             self._fault(error)
-
-    def _begin_call(self, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
-        register, stack = self._register, self._stack
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
-            inputs = []
-            for tensor in tensors_in((args, kwargs), 3 if stack else 6, objects=not stack):
-                node = register.node_of(tensor)
-                if node is None and not stack:
-                    node = register.node_for(tensor) if tensor.grad_fn is not None else register.outside(tensor, "input")
-                if node is not None:
-                    inputs.append(node)
-        parent = stack[-1].index if stack else -1
-        grad = torch.is_grad_enabled()
-        frame = _Frame(
-            len(self._calls), path, parent, type(module).__name__, grad, len(register.rows), tuple(inputs)
-        )
-        self._calls.append(frame)
-        stack.append(frame)
-        register.scope, register.call = path, frame.index
-        if self.observer is not None:
-            self.observer.entered(frame.index, path, module, args, kwargs)
 
     def _exit_call(self, path: str, module: nn.Module, output: Any) -> None:
         if self._failed or _current_backward() != -1:
             return
+        place = self._frames.running(path)
+        if place is None:  # the mode was opened, or the pass taken, inside this forward
+            return
         try:
-            self._end_call(path, module, output)
+            if self.observer is not None:
+                self.observer.exited(self._frames.call_at(place), path, module, output)
+            with torch._C.DisableTorchFunction():  # noqa: SLF001
+                self._frames.end(place, module, output)
         except Exception as error:  # noqa: BLE001
             self._fault(error)
-
-    def _end_call(self, path: str, module: nn.Module, output: Any) -> None:
-        position = next((i for i in range(len(self._stack) - 1, -1, -1) if self._stack[i].path == path), None)
-        if position is None:  # the mode was opened, or the pass taken, inside this forward
-            return
-        frame = self._stack[position]
-        if self.observer is not None:
-            self.observer.exited(frame.index, path, module, output)
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
-            outputs = []
-            for tensor in tensors_in(output, 4, objects=False):
-                node = self._register.node_of(tensor)
-                outputs.append(self._unknown_output(tensor, frame, module) if node is None else node)
-        frame.outputs = tuple(outputs)
-        self._leave(position)
-
-    def _leave(self, position: int) -> None:
-        """Drop the running calls from a position on."""
-        del self._stack[position:]
-        top = self._stack[-1] if self._stack else None
-        self._register.scope, self._register.call = (top.path, top.index) if top is not None else ("", -1)
-
-    def _unknown_output(self, tensor: Tensor, frame: _Frame, module: nn.Module) -> int:
-        """Node for a module's output that no traced operation made."""
-        register = self._register
-        silent = len(register.rows) == frame.first_node
-        known = id(tensor) in self._names or isinstance(tensor, nn.Parameter) or not tensor.is_floating_point()
-        if known or not frame.inputs or (not silent and tensor.grad_fn is not None):
-            return register.node_for(tensor)
-        learned = any(p.dim() > 1 for p in (*module.parameters(), *module.buffers()))
-        reason = "nothing inside it could be traced" if silent else "its last operations could not be traced"
-        return register.opaque(tensor, frame.inputs, frame.kind, reason, learned=learned)
 
     # ---------------------------------------------------------------- operations
 

@@ -25,8 +25,8 @@ LEVELS = [
         "corpus",
     ],
     [
-        "modules register attachment tracing",
-        "ancestry paths naming streams residuals",
+        "modules register frames attachment observation tracing",
+        "roles ancestry sums paths fused joins naming streams residuals",
         "statistics geometry attention",
         "metrics",
         "theory",
@@ -42,7 +42,7 @@ LEVELS = [
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
         rules.signals rules.tokens rules.units rules""",
-        "plot_style plot_svg plot_compare plot_depth plot_heat plot_layers plot_time plotting gallery",
+        "plot_style plot_svg plot_compare plot_depth plot_heat plot_layers plot_time plot_tokens plotting gallery",
     ],
     [
         "inventory summary differences report",
@@ -69,7 +69,7 @@ EXCEPTIONS = {
 
 # Packages that only some files may import, wherever in the file the import stands.
 GUESTS = {
-    "matplotlib": {"plot_style", "plot_svg", "plot_compare", "plot_depth", "plot_heat", "plot_layers", "plot_time", "gallery"},
+    "matplotlib": {"plot_style", "plot_svg", "plot_compare", "plot_depth", "plot_heat", "plot_layers", "plot_time", "plot_tokens", "gallery"},
     "pytorch_lightning": {"callbacks.lightning", "demo"},
     "lightning": {"callbacks.lightning"},
     "transformers": {"callbacks.huggingface"},
