@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= gradflow-demo
 PIP = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-.PHONY: demo test test-slow lint bench wheel clean
+.PHONY: demo test test-slow zoo lint bench wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/gradflow demo --out $(OUT)
@@ -14,6 +14,9 @@ test: $(VENV)/.ready lint
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m slow
+
+zoo: $(VENV)/.ready
+	PYTHONPATH=. $(BIN)/python -W ignore tests/score_zoo.py --write
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

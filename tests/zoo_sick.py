@@ -1,0 +1,235 @@
+"""The sick runs of the labelled zoo: what is wrong, where, since when, how plain PyTorch proves it, and what cures it.
+
+`remedy` must be found in the finding's first remedy, so that `cure` is that remedy and nothing else. `also` names what is
+true as well, a consequence that may be reported beside the label.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import zoo_proofs as proof
+from torch import nn
+from zoo_data import digits, hidden, pictures, rows, text
+from zoo_library import library
+from zoo_models import (
+    ConvNet,
+    Depthwise,
+    MixerNet,
+    Plain,
+    ResidualNet,
+    ResNet,
+    RowEncoder,
+    after,
+    detached,
+    gaussian,
+    he,
+    mlp,
+    multiplied,
+    stack_of_convolutions,
+    transformer,
+)
+from zoo_training import Setup
+
+SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sick run and its label."""
+
+    code: str
+    place: str
+    """Pattern that one of the finding's first three places must match."""
+    setup: Setup
+    proof: Callable
+    remedy: str = ""
+    cure: dict | None = None
+    also: tuple[str, ...] = ()
+    since: int = 0
+
+
+def _after_step(step, factor):
+    return lambda now: factor if now >= step else 1.0
+
+
+def _louder(step, factor):
+    """One batch whose inputs are far too large."""
+    return lambda now, batch: (batch[0] * factor, batch[1]) if now == step else batch
+
+
+def _without(word):
+    return lambda model: [p for n, p in model.named_parameters() if word not in n]
+
+
+def _split(word, lr):
+    def groups(model):
+        named = list(model.named_parameters())
+        return [{"params": [p for n, p in named if word not in n]}, {"params": [p for n, p in named if word in n], "lr": lr}]
+
+    return groups
+
+
+def _conv_net(**options):
+    return lambda: ConvNet(*[Depthwise(16, **options) for _ in range(6)])
+
+
+def _explosive(normed, depth=12):
+    return lambda: ConvNet(*[Depthwise(16, scale=1.0, normed=normed, init=he) for _ in range(depth)])
+
+
+def _root(x):
+    return x + 1e-3 * (x - x.mean(-1, keepdim=True)).pow(2).clamp_max(0).sqrt()
+
+
+def _root_eps(x):
+    return x + 1e-3 * ((x - x.mean(-1, keepdim=True)).pow(2).clamp_max(0) + 1e-6).sqrt()
+
+
+def _loud_wpe(model, value=300.0):
+    with torch.no_grad():
+        model.transformer.wpe.weight[:, 3] += value
+    return model
+
+
+def _embed_spike(model, value=400.0):
+    with torch.no_grad():
+        model.inlet.bias[5] += value
+    return model
+
+
+_digits, _text = Setup(lambda: mlp(3), digits), Setup(transformer, text)
+_T = functools.partial
+_vit = Setup(_T(library, "vit"), pictures, lr=3e-3, steps=160)
+_gpt = Setup(_T(library, "gpt2"), text)
+_bert = Setup(_T(library, "bert"), hidden, steps=80)
+_res = Setup(ResidualNet, digits)
+_resnet = Setup(ResNet, pictures, optimizer=SGD, lr=0.05, options={"momentum": 0.9})
+
+DEPTH = {
+    "sigmoid-mlp-8": Case(
+        "vanishing-gradient", r".", _digits.but(model=lambda: mlp(8, nn.Sigmoid)),
+        proof.gradient("0", "14", below=1e-3), "sigmoid.*ReLU", {"model": lambda: mlp(8, init=he)},
+    ),
+    "sigmoid-loop": Case(
+        "vanishing-gradient", r".", Setup(lambda: Plain(9, torch.sigmoid), digits, optimizer=AdamW),
+        proof.gradient("entry", "hidden.8", below=1e-3), "sigmoid.*ReLU", {"model": lambda: Plain(9, init=he)},
+    ),
+    "deep-cnn-default": Case(
+        "vanishing-gradient", r".", Setup(lambda: stack_of_convolutions(14), pictures, optimizer=SGD, lr=0.02, steps=80),
+        proof.gradient("0", "26", below=2e-3), "kaiming", {"model": lambda: stack_of_convolutions(14, init=he)}, ("signal-collapse",),
+    ),
+    "leaking-skip": Case(
+        "vanishing-gradient", r"cells|inlet", Setup(lambda: ResidualNet(14, skip=0.4, factor=0.1), digits, optimizer=SGD, lr=0.02),
+        proof.gradient("inlet", "cells.13", below=1e-3), "skip pass unchanged", {"model": lambda: ResidualNet(14, factor=0.1)},
+    ),
+    "small-tanh-loop": Case(
+        "vanishing-gradient", r".", Setup(lambda: Plain(10, torch.tanh, init=gaussian(0.05)), digits, optimizer=SGD, lr=0.05),
+        proof.gradient("entry", "hidden.9", below=1e-3), "residual connection|unit gain|xavier|5/3",
+        {"model": lambda: Plain(10, torch.tanh, init=gaussian(0.05), residual=True)}, ("signal-collapse",),
+    ),
+    "batchnorm-stack-50": Case(
+        "exploding-gradient", r".", Setup(lambda: Plain(50, batchnorm=True), digits, steps=24, every=8, lr=1e-4),
+        proof.gradient("entry", "hidden.49", above=100, initial=True), "residual", {"model": lambda: Plain(50, residual=True)},
+    ),
+    "large-init-cnn": Case(
+        "exploding-gradient", r".", Setup(lambda: stack_of_convolutions(12, init=gaussian(0.35)), pictures, lr=1e-5, steps=60),
+        proof.gradient("0", "22", above=100), "kaiming", {"model": lambda: stack_of_convolutions(12, init=he)}, ("signal-explosion", "update-too-small"),
+    ),
+    "large-init-tanh-less": Case(
+        "signal-explosion", r".", Setup(lambda: mlp(10, width=64, init=gaussian(0.45)), digits, lr=1e-5, steps=60),
+        proof.signal("0", "18", above=1e3), "kaiming", {"model": lambda: mlp(10, width=64, init=he)}, ("exploding-gradient", "update-too-small"),
+    ),
+    "convnext-unnormalised": Case(
+        "signal-explosion", r"blocks", Setup(_explosive(False), pictures, lr=1e-5, steps=60),
+        proof.signal("blocks.0", "blocks.11", above=1e2), "[Nn]ormalise", {"model": _explosive(True)}, ("exploding-gradient",),
+    ),
+    "transformer-without-norms": Case(
+        "signal-explosion", r"blocks", _text.but(model=lambda: transformer(10, norm="none"), lr=1e-5, steps=60),
+        proof.signal("encoder.blocks.0", "encoder.blocks.9", above=1e2), "[Nn]ormalise", {"model": lambda: transformer(10, norm="pre")}, ("exploding-gradient",),
+    ),
+    "residual-without-norms": Case(
+        "signal-explosion", r"cells", _res.but(model=lambda: ResidualNet(14, norm=False, init=he, act=torch.relu), lr=1e-5, steps=60),
+        proof.signal("cells.0", "cells.13", above=1e2), "[Nn]ormalise", {"model": lambda: ResidualNet(14, init=he, act=torch.relu)}, ("exploding-gradient",),
+    ),
+    "small-init-mlp": Case(
+        "signal-collapse", r".", Setup(lambda: mlp(9, init=gaussian(0.05)), digits, optimizer=SGD, lr=0.02),
+        proof.signal("0", "16", below=1e-2), "kaiming", {"model": lambda: mlp(9, init=he)}, ("vanishing-gradient",),
+    ),
+    "small-init-cnn": Case(
+        "signal-collapse", r".", Setup(lambda: stack_of_convolutions(10, init=gaussian(0.03)), pictures, optimizer=SGD, lr=0.05, steps=80),
+        proof.signal("0", "18", below=1e-2), "kaiming", {"model": lambda: stack_of_convolutions(10, init=he)}, ("vanishing-gradient",),
+    ),
+    "transformer-no-skips": Case(
+        "rank-collapse", r"blocks", _text.but(model=lambda: transformer(10, norm="post", residual=False), lr=3e-4),
+        proof.alike("encoder.blocks.9", above=0.99), "residual", {"model": lambda: transformer(10, norm="pre")}, ("vanishing-gradient",),
+    ),
+    "encoder-no-skips": Case(
+        "rank-collapse", r"layers", Setup(lambda: RowEncoder(10, plain=True), rows, steps=80),
+        proof.alike("encoder.layers.9", above=0.99), "residual", {"model": lambda: RowEncoder(10, norm_first=True)}, ("vanishing-gradient",),
+    ),
+}  # fmt: skip
+
+BRANCHES = {
+    "convnext-double-zero": Case(
+        "silent-branch", r"blocks", Setup(_conv_net(scale=0.0, zero=True), pictures),
+        proof.branch("blocks.2", below=1e-6), "one factor", {"model": _conv_net(scale=0.0)},
+    ),
+    "llama-faint-mlp": Case(
+        "silent-branch", r"layers\.2\.mlp", Setup(lambda: after(library("llama"), "model.layers.2.mlp", lambda y: 1e-5 * y), text),
+        proof.branch("model.layers.2", part="model.layers.2.mlp", below=1e-3), "last layer|factor|gain", {"model": lambda: library("llama")},
+    ),
+    "residual-faint": Case(
+        "silent-branch", r"cells\.4", _res.but(model=lambda: ResidualNet(7, special={4: {"factor": 1e-6}})),
+        proof.branch("cells.4", below=1e-3), "last layer|factor|gain", {"model": lambda: ResidualNet(7)},
+    ),
+    "decayed-branch": Case(
+        "silent-branch", r"cells\.1", _res.but(
+            model=lambda: ResidualNet(5), optimizer=SGD, lr=0.05, steps=200,
+            parameters=lambda m: [{"params": m.cells[1].fc2.parameters(), "weight_decay": 4.0}, {"params": [p for n, p in m.named_parameters() if "cells.1.fc2" not in n]}],
+        ), proof.branch("cells.1", below=1e-3), "weight decay", {"parameters": None}, since=40,
+    ),
+    "residual-dominant": Case(
+        "dominant-branch", r"cells\.4", _res.but(model=lambda: multiplied(ResidualNet(8), ("cells.4.fc2",), 90.0)),
+        proof.branch("cells.4", above=4), "scale|initialis", {"model": lambda: ResidualNet(8)},
+    ),
+    "vit-dominant": Case(
+        "dominant-branch", r"layers\.2\.mlp", _vit.but(model=lambda: after(library("vit"), "vit.layers.2.mlp", lambda y: 400 * y)),
+        proof.branch("vit.layers.2", part="vit.layers.2.mlp", above=4), "scale|initialis", {"model": lambda: library("vit")},
+    ),
+    "residual-inert": Case(
+        "inert-depth", r"cells", _res.but(model=lambda: ResidualNet(10, factor=0.004), steps=420, every=60, lr=2e-4),
+        proof.kept([f"cells.{i}" for i in range(10)], above=0.9995), "scale|larger", {"model": lambda: ResidualNet(10)},
+    ),
+    "mixer-inert": Case(
+        "inert-depth", r"tokens|channels", Setup(lambda: multiplied(MixerNet(6), ("tokens.", "channels."), 0.12), rows, steps=420, every=60, lr=3e-5, optimizer=SGD),
+        lambda t: (1.0, True), "scale|larger", {"model": lambda: MixerNet(6)}, ("update-too-small",),
+    ),
+    "vit-detached": Case(
+        "blocked-gradient", r"layers\.1\.mlp", _vit.but(model=lambda: after(library("vit"), "vit.layers.1.mlp", detached)),
+        proof.no_gradient("vit.layers.1.mlp", "vit.layers.1.mlp"), "detach", {"model": lambda: library("vit")},
+    ),
+    "resnet-detached": Case(
+        "blocked-gradient", r"layers\.1", _resnet.but(model=lambda: ResNet(special={1: {"cut": True}})),
+        proof.no_gradient("layers.1.conv", "layers.1.conv2"), "detach", {"model": ResNet},
+    ),
+    "encoder-detached": Case(
+        "blocked-gradient", r"layers\.[12]", Setup(lambda: RowEncoder(4, norm_first=True, cut=1), rows),
+        proof.no_gradient("encoder.layers.1", "encoder.layers.1"), "detach", {"model": lambda: RowEncoder(4, norm_first=True)},
+    ),
+    "residual-detached": Case(
+        "blocked-gradient", r"cells\.3", _res.but(model=lambda: ResidualNet(6, special={3: {"cut": True}})),
+        proof.no_gradient("cells.3.fc", "cells.3.fc2"), "detach", {"model": lambda: ResidualNet(6)},
+    ),
+    "gpt2-massive": Case(
+        "massive-activation", r".", _gpt.but(model=lambda: _loud_wpe(library("gpt2"))),
+        proof.massive("transformer.h.1", above=1000), "[Nn]othing",
+    ),
+    "residual-massive": Case(
+        "massive-activation", r".", _res.but(model=lambda: _embed_spike(ResidualNet(5), 2000.0)),
+        proof.massive("cells.2", above=1000), "[Nn]othing",
+    ),
+}  # fmt: skip

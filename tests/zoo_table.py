@@ -1,0 +1,113 @@
+"""The zoo's score as numbers, as text, and as a page."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import platform
+
+import torch
+from zoo_peers import PEERS
+
+HOW = """Real small trainings. A sick run counts as found where its code is reported at warning or error (massive activations:
+info), as placed where one of the finding's first three places is the right one, as cured where its twin with the finding's
+first remedy, and nothing else, no longer has the finding and reaches a lower held-out loss. `proof` is a figure of plain
+PyTorch (hooks, autograd), without gradflow. `false` are alarms beyond the label and what follows from it."""
+PEERS_HOW = """The fixed thresholds are the tools' own defaults on the same tables. Any of their alarms that could stand for the
+label counts as a hit, and the place does not count; any alarm in a healthy run counts as one."""
+
+
+def share(part, whole):
+    return f"{part}/{whole}" + (f" ({part / whole:.0%})" if whole else "")
+
+
+def scores(sick, healthy):
+    """Ours: counts of what was found, placed, dated, proved, false, cured."""
+    with_cure = [j for j in sick if j.cured is not None]
+    true = sum(len([f for f in j.findings if f.severity != "info"]) - len(j.false) for j in sick)
+    false = sum(len(j.false) for j in [*sick, *healthy])
+    return {
+        "sick": len(sick), "healthy": len(healthy), "found": sum(j.found for j in sick), "placed": sum(j.placed for j in sick),
+        "dated": sum(j.dated for j in sick), "proved": sum(j.proved for j in sick),
+        "false_in_healthy": sum(len(j.false) for j in healthy), "healthy_alarmed": sum(bool(j.false) for j in healthy),
+        "false_in_sick": sum(len(j.false) for j in sick), "true": true, "false": false,
+        "cures": len(with_cure), "remedied": sum(bool(j.remedied) for j in with_cure), "cured": sum(bool(j.cured) for j in with_cure),
+    }  # fmt: skip
+
+
+def peer_scores(peer, sick, healthy):
+    found = sum(j.code in j.peers.get(peer, ()) for j in sick)
+    alarmed = sum(bool(j.peers.get(peer)) for j in healthy)
+    return found, alarmed
+
+
+def summary(sick, healthy):
+    s = scores(sick, healthy)
+    lines = [
+        f"recall (warning or error)   {share(s['found'], s['sick'])}",
+        f"place recall                {share(s['placed'], s['sick'])}",
+        f"begins at the right step    {share(s['dated'], s['sick'])}",
+        f"precision of alarms         {share(s['true'], s['true'] + s['false'])}",
+        f"healthy runs with an alarm  {share(s['healthy_alarmed'], s['healthy'])}",
+        f"false alarms in sick runs   {s['false_in_sick']}",
+        f"labels proved in PyTorch    {share(s['proved'], s['sick'])}",
+        f"first remedy is the cure's  {share(s['remedied'], s['cures'])}",
+        f"cure rate                   {share(s['cured'], s['cures'])}",
+    ]
+    for peer in PEERS:
+        found, alarmed = peer_scores(peer, sick, healthy)
+        lines.append(f"{peer:<27} recall {share(found, s['sick'])}, healthy runs with an alarm {share(alarmed, s['healthy'])}")
+    return "\n".join(lines)
+
+
+def record(sick, healthy):
+    """What `gradflow rules` tells of each rule's record on the zoo."""
+    codes = {}
+    for judged in sick:
+        entry = codes.setdefault(judged.code, {"sick": 0, "found": 0, "placed": 0, "cures": 0, "cured": 0, "false": 0})
+        entry["sick"] += 1
+        entry["found"] += judged.found
+        entry["placed"] += judged.placed
+        entry["cures"] += judged.cured is not None
+        entry["cured"] += bool(judged.cured)
+    for judged in [*sick, *healthy]:
+        for code in judged.false:
+            codes.setdefault(code, {"sick": 0, "found": 0, "placed": 0, "cures": 0, "cured": 0, "false": 0})["false"] += 1
+    return {"healthy": len(healthy), "rules": dict(sorted(codes.items()))}
+
+
+def page(sick, healthy):
+    s = scores(sick, healthy)
+    rows = [
+        f"| {j.name} | {j.code} | {j.figure:.2g} | {mark(j.found)} | {mark(j.placed)} | {mark(j.dated)} | "
+        f"{', '.join(j.false) or ''} | {loss(j)} | {mark(j.cured)} |"
+        for j in sick
+    ]
+    fine = [
+        f"| {j.name} | {j.losses[0]:.3g} to {j.losses[-1]:.3g} | {', '.join(j.false)} | "
+        f"{' | '.join(', '.join(sorted(j.peers.get(peer, ()))) for peer in PEERS)} |"
+        for j in healthy
+    ]
+    table = [
+        f"| {peer} | {share(peer_scores(peer, sick, healthy)[0], s['sick'])} | {share(peer_scores(peer, sick, healthy)[1], s['healthy'])} |"
+        for peer in PEERS
+    ]
+    stamp = (
+        f"Written by `make zoo` on {dt.datetime.now(tz=dt.UTC).date()}, {platform.system()} {platform.machine()}, "
+        f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}."
+    )
+    return "\n".join([
+        "# The labelled zoo", "", stamp, "", HOW, "", "```", summary(sick, healthy), "```", "",
+        "| rules | recall | healthy runs with an alarm |", "| --- | --- | --- |",
+        f"| gradflow | {share(s['found'], s['sick'])} | {share(s['healthy_alarmed'], s['healthy'])} |", *table, "", PEERS_HOW, "",
+        "## Sick", "", "| run | code | proof | found | placed | dated | false | loss: sick, cured | cured |", "| --- " * 9 + "|", *rows, "",
+        "## Healthy", "", f"| run | loss | false | {' | '.join(PEERS)} |", "| --- " * (3 + len(PEERS)) + "|", *fine, "",
+    ])  # fmt: skip
+
+
+def mark(value):
+    return "" if value is None else "yes" if value else "no"
+
+
+def loss(judged):
+    return ", ".join(f"{value:.3g}" for value in judged.losses)
