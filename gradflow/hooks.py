@@ -55,7 +55,7 @@ class Hooks:
         self._handles: list[RemovableHandle] = []
         self._on_error = on_error
         self.live = True  # False while gradients run that are not those of the loss (a gradient penalty's inner ones)
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def gradient(self, edge: Edge, use: Callable[[Tensor], None]) -> None:
         """Call `use` with the gradient of the tensor at `edge`, summed over all paths, whenever a backward has it."""
@@ -78,11 +78,19 @@ class Hooks:
 
         self._handles.append(node.register_hook(hook))
 
-    def square(self, gradient: Tensor) -> Tensor:
-        """Σ g², computed once where several hooks in a row ask for the same gradient."""
+    def measure(self, gradient: Tensor, *wanted: str) -> dict[str, Tensor]:
+        """`statistics.measure`, done once where several hooks in a row ask about the same gradient."""
         if self._last is None or self._last[0] is not gradient:
-            self._last = (gradient, statistics.sum_squares(gradient))
-        return self._last[1]
+            self._last = (gradient, {})
+        known = self._last[1]
+        missing = [name for name in wanted if name not in known]
+        if missing:
+            known.update(statistics.measure(gradient, missing))
+        return known
+
+    def square(self, gradient: Tensor) -> Tensor:
+        """Σ g²."""
+        return self.measure(gradient, "square")["square"]
 
     def _run(self, use: Callable[[Tensor], None], gradient: Tensor) -> None:
         if not self.live:

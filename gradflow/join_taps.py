@@ -79,6 +79,7 @@ class JoinTaps:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.sums: dict[int, Sum] = {}
+        self.squares: dict[int, Tensor] = {}  # Σ x² of nodes that were measured already, by whoever did
 
     # ------------------------------------------------------------------ while the pass runs
 
@@ -95,17 +96,26 @@ class JoinTaps:
         shape = statistics.broadcast_shape(tuple(x.shape), tuple(y.shape))
         entry = Sum(len(nodes), shape, nodes[numbers[0]].channel_dim)
         kept = (x.clone() if inplace and keep else x, y) if keep else (None, None)
-        entry.leaves = [self._term(entry, 0, x, 1.0, kept[0]), self._term(entry, 1, y, factor, kept[1])]
+        entry.leaves = [
+            self._term(entry, 0, x, 1.0, kept[0], numbers[0]), self._term(entry, 1, y, factor, kept[1], numbers[1])
+        ]  # fmt: skip
         entry.terms = {term.place: term for term in entry.leaves}
         entry.dots[frozenset(entry.terms)] = statistics.dot(x, y) * factor
         if expand:
             self._expand(entry, numbers, nodes)
         return entry
 
-    def _term(self, entry: Sum, position: int, value: Tensor, scale: float, kept: Tensor | None) -> Term:
-        square = statistics.sum_squares(value) * statistics.broadcast_factor(tuple(value.shape), entry.shape)
-        whole = value if tuple(value.shape) == entry.shape else value.expand(entry.shape)
-        sample = geometry.sample_rows(whole, entry.channel_dim, self.rows)
+    def _term(self, entry: Sum, position: int, value: Tensor, scale: float, kept: Tensor | None, node: int) -> Term:
+        square, sample = self.squares.get(node), None
+        earlier = self.sums.get(node)
+        if earlier is not None and earlier.shape == entry.shape and earlier.channel_dim == entry.channel_dim:
+            sample = earlier.sample  # the stream is measured where it is made
+        if square is None:
+            square = statistics.sum_squares(value)
+        square = square * statistics.broadcast_factor(tuple(value.shape), entry.shape)
+        if sample is None:
+            whole = value if tuple(value.shape) == entry.shape else value.expand(entry.shape)
+            sample = geometry.sample_rows(whole, entry.channel_dim, self.rows)
         version = 0 if kept is None else kept._version  # noqa: SLF001
         return Term((entry.node, position), 1.0, square, sample, kept, version).scaled(scale)
 
@@ -144,14 +154,15 @@ class JoinTaps:
 
     def after(self, entry: Sum, node: int, call: int, out: Tensor) -> None:
         """Measure the result of an addition."""
-        largest = statistics.max_abs(out)
+        found = statistics.measure(out, ("square", "largest", "nonfinite"))
         entry.node, entry.call = node, call
         entry.out = {
-            "n": float(out.numel()), "out_sq": statistics.sum_squares(out), "out_max": largest,
-            "nonfinite": statistics.count_nonfinite(out, largest),
+            "n": float(out.numel()), "out_sq": found["square"], "out_max": found["largest"],
+            "nonfinite": found["nonfinite"],
         }  # fmt: skip
         entry.sample = geometry.sample_rows(out, entry.channel_dim, self.rows)
         self.sums[node] = entry
+        self.squares[node] = found["square"]
 
     def release(self, call: int) -> None:
         """Let go of operands that were kept for sums in a module's forward that has ended."""

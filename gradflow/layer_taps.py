@@ -84,22 +84,23 @@ class LayerTaps:
         layer = Layer(f"{scope}.{op}" if scope else op, scope, op, 0, 0)
         self._measure(layer, out, channel_dim, activation=True, grad=grad)
 
-    def exited(self, call: int, out: Tensor | None, channel_dim: int) -> None:
-        """Measure the output of a module's forward that has ended, if it is a leaf."""
+    def exited(self, call: int, out: Tensor | None, channel_dim: int) -> Tensor | None:
+        """Measure the output of a module's forward that has ended, if it is a leaf; Σ y² if it was measured."""
         running = self._running.pop(call, None)
         if running is None:
-            return
+            return None
         while self._stack and self._stack[-1] != call:  # an exception jumped out of forwards inside
             self._running.pop(self._stack.pop(), None)
         if self._stack:
             self._stack.pop()
         if out is None or running.has_calls or not (out.is_floating_point() or out.is_complex()):
-            return
+            return None
         kind = type(running.module).__name__
         leaf = next(running.module.parameters(), None) is not None
         if leaf or running.has_activation:
             layer = Layer(running.path or kind, running.path, kind, 0, 0)
-            self._measure(layer, out, channel_dim, activation=running.has_activation, grad=running.grad)
+            return self._measure(layer, out, channel_dim, activation=running.has_activation, grad=running.grad)
+        return None
 
     def _named(self, layer: Layer, *, grad: bool) -> str:
         """Name of this occurrence, entered into the list of layers."""
@@ -111,32 +112,32 @@ class LayerTaps:
             self.layers[name] = replace(layer, name=name, occurrence=occurrence, depth=len(self.layers))
         return name
 
-    def _measure(self, layer: Layer, result: Tensor, channel_dim: int, *, activation: bool, grad: bool) -> None:
+    def _measure(
+        self, layer: Layer, result: Tensor, channel_dim: int, *, activation: bool, grad: bool
+    ) -> Tensor | None:
         out = measurable(result)
         if out is None:
-            return
+            return None
         name = self._named(layer, grad=grad)
-        largest = statistics.max_abs(out)
+        found = statistics.measure(out, ("total", "square", "largest", "zeros", "nonfinite"))
         values: dict[str, Tensor | float | None] = {
-            "n": float(out.numel()), "out_sum": statistics.total(out), "out_sq": statistics.sum_squares(out),
-            "out_max": largest, "zeros": statistics.count_zeros(out),
-            "nonfinite": statistics.count_nonfinite(out, largest),
+            "n": float(out.numel()), "out_sum": found["total"], "out_sq": found["square"], "out_max": found["largest"],
+            "zeros": found["zeros"], "nonfinite": found["nonfinite"],
         }  # fmt: skip
         if activation:
             values["saturated"] = statistics.count_saturated(out, layer.kind.lower())
-            live = statistics.live_units(out, channel_dim) if out.dim() and out.numel() else None
+            live = statistics.live_units(out, channel_dim, found["zeros"]) if out.dim() and out.numel() else None
             if live is not None:
                 old = self._live.get(name)
                 self._live[name] = live if old is None or old.shape != live.shape else old | live
         self._buffer.put("layers", name, values)
         if result.grad_fn is not None:
             self._hooks.gradient((result.grad_fn, result.output_nr), lambda gradient: self._gradient(name, gradient))
+        return found["square"]
 
     def _gradient(self, name: str, gradient: Tensor) -> None:
-        self._buffer.put(
-            "layers", name,
-            {"grad_out_sq": self._hooks.square(gradient), "grad_zeros": statistics.count_zeros(gradient)},
-        )  # fmt: skip
+        found = self._hooks.measure(gradient, "square", "zeros")
+        self._buffer.put("layers", name, {"grad_out_sq": found["square"], "grad_zeros": found["zeros"]})
 
     def finish(self) -> None:
         """Count the units that were zero on every position of the whole step."""

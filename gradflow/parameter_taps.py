@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from gradflow import statistics
+from gradflow.measurable import measurable
+from gradflow.modules import names_by_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from torch import Tensor
 
     from gradflow.buffer import Buffer
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
 
 def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by name, the first name for a shared one, without the segments that wrappers add."""
-    named = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")  # noqa: PLW2901 (the name is being cleaned)
-        named[name] = parameter
-    return named
-
-
-def _local(x: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, the tensor itself otherwise."""
-    to_local: Any = getattr(x, "to_local", None)
-    part: Tensor = x.detach() if to_local is None else to_local().detach()
-    return part
+    names = names_by_identity(model)
+    return {names[id(parameter)][0]: parameter for parameter in model.parameters()}
 
 
 class ParameterTaps:
     """The parameters of one sampled step. Weights are copied at its start (for `updates`): their memory once more."""
 
-    def __init__(self, model: nn.Module, buffer: Buffer, *, updates: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, buffer: Buffer, *, updates: bool = True,
+        owned: Callable[[nn.Parameter], bool] = lambda _: True,
+    ) -> None:  # fmt: skip
         self._buffer = buffer
         self._updates = updates
-        self._parameters = {n: p for n, p in parameter_names(model).items() if not nn.parameter.is_lazy(p)}
+        self._parameters = {n: p for n, p in parameter_names(model).items() if not nn.parameter.is_lazy(p) and owned(p)}
         self._before: dict[str, Tensor] = {}
         self._gradients: dict[str, dict[str, Tensor | float | None]] = {}
         self._by_id = {id(p): n for n, p in self._parameters.items()}
@@ -49,12 +42,14 @@ class ParameterTaps:
     def start(self) -> None:
         """Measure and keep the weights."""
         for name, parameter in self._parameters.items():
-            weight = _local(parameter)
+            weight = measurable(parameter.detach())
+            if weight is None:
+                continue
+            if self._updates and parameter.requires_grad:
+                weight = self._before[name] = weight.clone()
             self._buffer.put(
                 "parameters", name, {"n": float(weight.numel()), "weight_sq": statistics.sum_squares(weight)}
             )
-            if self._updates and parameter.requires_grad:
-                self._before[name] = weight.clone()
 
     def names(self, of: Iterable[Tensor]) -> set[str]:
         """Names of those among some tensors that are parameters measured here."""
@@ -82,8 +77,9 @@ class ParameterTaps:
         measured = set()
         for name in names:
             gradient = self._parameters[name].grad
-            if gradient is not None and name not in besides:
-                self._gradients[name] = _measured(_local(gradient))
+            visible = None if gradient is None or name in besides else _visible(gradient)
+            if visible is not None:
+                self._gradients[name] = _measured(visible)
                 measured.add(name)
         return measured
 
@@ -92,16 +88,21 @@ class ParameterTaps:
         for name, values in self._gradients.items():
             self._buffer.put("parameters", name, values)
         for name, before in self._before.items():
-            weight = _local(self._parameters[name])
-            if weight.shape == before.shape:
-                update = before.sub_(weight)  # our own copy: overwriting it saves one more
-                self._buffer.put("parameters", name, {"update_sq": statistics.sum_squares(update)})
+            weight = measurable(self._parameters[name].detach())
+            if weight is not None and weight.shape == before.shape:
+                moved = statistics.sum_squared_differences(before, weight)
+                self._buffer.put("parameters", name, {"update_sq": moved})
         self._before.clear()
 
 
+def _visible(gradient: Tensor) -> Tensor | None:
+    """A gradient that can be measured: a dense one that hides nothing, or a sparse one with each row once."""
+    return gradient.coalesce() if gradient.layout == torch.sparse_coo else measurable(gradient.detach())
+
+
 def _measured(gradient: Tensor) -> dict[str, Tensor | float | None]:
-    largest = statistics.max_abs(gradient)
+    found = statistics.measure(gradient, ("square", "largest", "zeros", "nonfinite"))
     return {
-        "grad_sq": statistics.sum_squares(gradient), "grad_max": largest,
-        "grad_zeros": statistics.count_zeros(gradient), "nonfinite": statistics.count_nonfinite(gradient, largest),
+        "grad_sq": found["square"], "grad_max": found["largest"], "grad_zeros": found["zeros"],
+        "nonfinite": found["nonfinite"],
     }  # fmt: skip

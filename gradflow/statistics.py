@@ -5,18 +5,26 @@ host synchronisation. Reductions run in float32 inside rows of `ROW` elements an
 throughout for float64 input), so a sum over millions of float32 elements is right to about 1e-7 relative; half
 precision is widened first, which is exact. A complex number counts as its two parts. Empty tensors give 0. NaN and
 infinity are excluded from nothing: they show in the sums, and `count_nonfinite` counts them.
+
+On a CPU large tensors are read in pieces that stay in its cache, so that several statistics cost one pass over memory.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 ROW = 4096
 """Elements summed in the input's own precision before the sum continues in float64."""
+_PIECE = 64 * ROW
+"""Elements that a CPU reads at once: 1 MiB in float32, half of a usual second-level cache."""
 
 SATURATED_TANH = 0.97
 """|tanh| beyond which a unit counts as saturated: its derivative is below 0.06."""
@@ -26,11 +34,18 @@ SATURATED_SIGMOID = 0.03
 
 def wide(x: Tensor) -> Tensor:
     """The tensor as reals in float32, or float64 where it is float64 already; a sparse tensor as its stored values."""
+    return _widened(_real(x))
+
+
+def _real(x: Tensor) -> Tensor:
+    """The tensor as reals in its own precision; a sparse tensor as its stored values."""
     x = x.detach()
     if x.is_sparse:
         x = x.coalesce().values()
-    if x.is_complex():
-        x = torch.view_as_real(x.resolve_conj())
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def _widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -39,17 +54,77 @@ def _final(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The elements as rows of `ROW`, and the rest."""
-    flat = x.reshape(-1)
+def _flat(x: Tensor) -> Tensor:
+    """The elements in whatever order needs no copy."""
+    if not x.is_contiguous():
+        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    return x.reshape(-1)
+
+
+def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
+    return flat.split(_PIECE) if flat.device.type == "cpu" and flat.numel() > _PIECE else (flat,)
+
+
+def _rows(flat: Tensor) -> tuple[Tensor, ...]:
+    """The elements as rows of `ROW`, and the rest as a row of its own, each only where it holds anything."""
     cut = flat.numel() - flat.numel() % ROW
-    return flat[:cut].view(-1, ROW), flat[cut:]
+    rows = [flat[:cut].view(-1, ROW)] if cut else []
+    return (*rows, flat[cut:].view(1, -1)) if cut < flat.numel() else tuple(rows)
+
+
+def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Several statistics of one tensor in one pass over it.
+
+    `wanted` holds names among `total` (Σ x), `square` (Σ x²), `largest` (max |x|; NaN if there is one), `zeros` (elements
+    that are exactly zero, of either sign) and `nonfinite` (NaN and infinite elements; it brings `largest` along).
+    """
+    flat = _flat(_real(x))
+    found: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    if "nonfinite" in found:
+        found.setdefault("largest", [])
+    empty = torch.zeros((), dtype=_final(flat), device=flat.device)
+    for piece in _pieces(flat) if flat.numel() else ():
+        _read(piece, found)
+    values = {}
+    for name, parts in found.items():
+        if not parts:
+            values[name] = empty
+        elif name == "largest":
+            values[name] = (torch.stack(parts).amax() if len(parts) > 1 else parts[0]).to(empty.dtype)
+        elif name != "nonfinite":
+            across = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(empty.dtype)
+            values[name] = (across.square() if name == "square" else across).sum()
+    if "nonfinite" in found:
+        values["nonfinite"] = count_nonfinite(x, values["largest"])
+    if "zeros" in found and x.is_sparse:
+        values["zeros"] = values["zeros"] + (x.numel() - flat.numel())
+    return values
+
+
+def _read(piece: Tensor, found: dict[str, list[Tensor]]) -> None:
+    """Add a piece's part of each statistic: along rows for sums."""
+    if "zeros" in found:
+        found["zeros"].append(_zeros(piece))
+    piece = _widened(piece)
+    for rows in _rows(piece):
+        if "square" in found:
+            found["square"].append(torch.linalg.vector_norm(rows, dim=1))
+        if "total" in found:
+            found["total"].append(rows.sum(1))
+    if "largest" in found:
+        found["largest"].append(torch.maximum(piece.amax(), -piece.amin()))
+
+
+def _zeros(piece: Tensor) -> Tensor:
+    flags = piece.bool()
+    if flags.device.type == "cpu":  # numpy counts booleans ten times faster, and these are ours: no parameter's storage
+        return torch.tensor([flags.numel() - np.count_nonzero(flags.numpy())])
+    return (flags.numel() - torch.count_nonzero(flags)).view(1)
 
 
 def total(x: Tensor) -> Tensor:
     """Sum of the elements, Σ x; unit of x."""
-    body, rest = _rows(wide(x))
-    return body.sum(1).to(_final(x)).sum() + rest.sum().to(_final(x))
+    return measure(x, ("total",))["total"]
 
 
 def sum_squares(x: Tensor) -> Tensor:
@@ -57,9 +132,16 @@ def sum_squares(x: Tensor) -> Tensor:
 
     A row's root is taken before it is squared in float64, so the sum itself neither overflows nor underflows.
     """
-    body, rest = _rows(wide(x))
-    squares: Tensor = torch.linalg.vector_norm(body, dim=1).to(_final(x)).square().sum()
-    return squares + torch.linalg.vector_norm(rest).to(_final(x)).square()
+    return measure(x, ("square",))["square"]
+
+
+def sum_squared_differences(x: Tensor, y: Tensor) -> Tensor:
+    """Σ (x − y)² of two tensors of one shape: differences are squared, sums are not subtracted."""
+    x, y = _real(x).reshape(-1), _real(y).reshape(-1)
+    found = torch.zeros((), dtype=_final(x), device=x.device)
+    for one, other in zip(_pieces(x), _pieces(y), strict=True):
+        found = found + sum_squares(_widened(one) - _widened(other))
+    return found
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -70,29 +152,22 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
         x, y = x.expand(shape), y.expand(shape)
     if x.dtype != y.dtype:
         x, y = x.double(), y.double()
-    (body_x, rest_x), (body_y, rest_y) = _rows(x), _rows(y)
-    products: Tensor = torch.linalg.vecdot(body_x, body_y).to(_final(x)).sum()
-    return products + torch.dot(rest_x, rest_y).to(_final(x))
+    x, y = (_flat(x), _flat(y)) if x.stride() == y.stride() else (x.reshape(-1), y.reshape(-1))
+    if x.device.type == "cpu":
+        parts = [torch.dot(one, other) for one, other in zip(x.split(16 * ROW), y.split(16 * ROW), strict=True)]
+        return torch.stack(parts).double().sum() if parts else torch.zeros((), dtype=torch.float64)
+    parts = [torch.linalg.vecdot(one, other) for one, other in zip(_rows(x), _rows(y), strict=True)]
+    return torch.cat(parts).to(_final(x)).sum() if parts else torch.zeros((), dtype=_final(x), device=x.device)
 
 
 def max_abs(x: Tensor) -> Tensor:
     """Largest absolute value, max |x|; NaN if there is one."""
-    x = wide(x)
-    if x.numel() == 0:
-        return torch.zeros((), dtype=_final(x), device=x.device)
-    low, high = torch.aminmax(x)
-    return torch.maximum(-low, high).to(_final(x))
+    return measure(x, ("largest",))["largest"]
 
 
 def count_zeros(x: Tensor) -> Tensor:
     """Number of elements that are exactly zero (of either sign). NaN is not zero."""
-    x = x.detach()
-    if x.is_sparse:
-        values = x.coalesce().values()
-        return count_zeros(values) + (x.numel() - values.numel())
-    if x.device.type == "cpu":  # numpy counts booleans ten times faster, and a CPU tensor has no device to wait for
-        return torch.tensor(x.numel() - np.count_nonzero(x.bool().numpy()), dtype=torch.float64)
-    return (x.numel() - torch.count_nonzero(x)).to(_final(x))
+    return measure(x, ("zeros",))["zeros"]
 
 
 def count_nonfinite(x: Tensor, largest: Tensor | None = None) -> Tensor:
@@ -116,9 +191,15 @@ def count_saturated(x: Tensor, kind: str) -> Tensor | None:
     return None
 
 
-def live_units(x: Tensor, channel_dim: int) -> Tensor:
-    """Which channels are not zero on some position: a boolean vector as long as the channel axis."""
-    flags = x.detach().bool().movedim(channel_dim, -1)
+def live_units(x: Tensor, channel_dim: int, zeros: Tensor | None = None) -> Tensor:
+    """Which channels are not zero on some position: a boolean vector as long as the channel axis.
+
+    `zeros`, the number of zeros if it is known, spares a CPU the search where there are none.
+    """
+    x = x.detach()
+    if x.device.type == "cpu" and zeros is not None and zeros.numpy() == 0:
+        return torch.ones(x.shape[channel_dim], dtype=torch.bool)
+    flags = x.bool().movedim(channel_dim, -1)
     flags = flags.reshape(-1, flags.shape[-1])
     if flags.device.type == "cpu":
         return torch.from_numpy(np.logical_or.reduce(flags.numpy(), axis=0))

@@ -182,7 +182,9 @@ class Taps:
                 node = self.tracer.node_of(out) if out is not None else None
                 axis = -1 if node is None else self.tracer.nodes[node].channel_dim
                 if self.layers is not None:
-                    self.layers.exited(call, out, axis)
+                    square = self.layers.exited(call, out, axis)
+                    if square is not None and node is not None:
+                        self._joins.squares[node] = square
                 out = measurable(out) if out is not None else None
                 if out is not None and node is not None and "streams" in self._tables:
                     self._streams.module(path, node, out, axis, self._plans.points)
