@@ -132,6 +132,8 @@ def _reduce(column: Column, values: pa.ChunkedArray, starts: Integers) -> pa.Arr
         return values.take(pa.array(first, mask=counts == 0)).combine_chunks()
     neutral: dict[str, float] = {"max": -np.inf, "min": np.inf}
     numbers = pc.fill_null(values, neutral.get(column.merge, 0)).to_numpy()
+    if column.merge == "norm":
+        return pa.array(_norms(numbers, starts), mask=counts == 0, from_pandas=False)
     operation: Callable[..., npt.NDArray[np.float64]] = {
         "max": np.maximum.reduceat,
         "min": np.minimum.reduceat,
@@ -141,3 +143,12 @@ def _reduce(column: Column, values: pa.ChunkedArray, starts: Integers) -> pa.Arr
         if column.merge == "mean":
             reduced = reduced / counts
     return pa.array(reduced, mask=counts == 0, from_pandas=False)
+
+
+def _norms(numbers: npt.NDArray[np.float64], starts: Integers) -> npt.NDArray[np.float64]:
+    """Roots of the sums of squares over segments, scaled so that no square overflows."""
+    largest = np.maximum.reduceat(np.abs(numbers), starts)
+    scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scaled = numbers / np.repeat(scale, np.diff(np.append(starts, len(numbers))))
+        return np.asarray(scale * np.sqrt(np.add.reduceat(scaled**2, starts)), dtype=np.float64)

@@ -20,6 +20,7 @@ from gradflow.headline import headline
 from gradflow.recording import Finished, StepInProgress
 from gradflow.scaling import is_scaled, loss_scale
 from gradflow.schema import TABLES
+from gradflow.sharding import owned_by
 from gradflow.stepping import OptimizerHooks
 from gradflow.store import Run, load
 from gradflow.taps import Plans
@@ -93,6 +94,7 @@ class Recorder:
         self.tables = chosen_tables(tables)
         self.scaler = scaler
         self.strict = strict
+        self._rank = rank
         self.count = 0
         self.written = 0
         self.on_rows: Callable[[int, dict[str, float]], None] | None = None
@@ -156,7 +158,7 @@ class Recorder:
             self._again = again
             self._current = StepInProgress(
                 self.model, step, self._plans, rows=self.rows, tables=self.tables, on_error=self._noted,
-                scale=lambda: loss_scale(self.scaler),
+                scale=lambda: loss_scale(self.scaler), owned=owned_by(self.model, self._rank),
             )  # fmt: skip
             self._hooks = OptimizerHooks(
                 self.optimizers, before=self._before_step, after=self._after_step, watch=self.watch, rest=self.rest

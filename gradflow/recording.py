@@ -116,6 +116,7 @@ class StepInProgress:
     def __init__(
         self, model: nn.Module, step: int, plans: Plans, *, rows: int, tables: frozenset[str],
         on_error: Callable[[Exception], None], scale: Callable[[], Tensor | float | None], trains: bool = True,
+        owned: Callable[[nn.Parameter], bool] = lambda _: True,
     ) -> None:  # fmt: skip
         self.step = step
         self.scale = scale
@@ -136,7 +137,9 @@ class StepInProgress:
                 model, self._buffer, plans, rows=rows, tables=tables, on_error=on_error,
                 on_backward=self._seen_backward, after_backward=self._seen_gradients,
             )  # fmt: skip
-        self._parameters = ParameterTaps(model, self._buffer, updates=trains) if "parameters" in tables else None
+        self._parameters: ParameterTaps | None = None
+        if "parameters" in tables:
+            self._parameters = ParameterTaps(model, self._buffer, updates=trains, owned=owned)
 
     def start(self, learning_rate: Any) -> None:
         """Measure the weights, and begin to watch."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SCHEMA_VERSION = 1
-Merge = Literal["key", "sum", "grad_sum", "max", "min", "mean", "first"]
+Merge = Literal["key", "sum", "grad_sum", "norm", "max", "min", "mean", "first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,9 @@ class Column:
 
     `merge` says what happens to it when the rows of several ranks (with equal keys) become one: `"sum"` adds,
     `"grad_sum"` adds and divides by the square of the world size (activation gradients are those of each rank's own
-    loss; merged they are those of the mean loss), `"max"`, `"min"`, `"mean"` (over the ranks that have it), `"first"`
-    takes the lowest rank's. Null is left out of every merge; all null stays null.
+    loss; merged they are those of the mean loss), `"norm"` takes the root of the sum of squares (each rank has the norm
+    of its shards; what is replicated stands on one rank alone), `"max"`, `"min"`, `"mean"` (over the ranks that have
+    it), `"first"` takes the lowest rank's. Null is left out of every merge; all null stays null.
     """
 
     name: str
@@ -59,7 +60,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("microbatches", "int64", "first", "1", "forward-and-backward passes summed into the step"),
         _other("loss", "mean", "mean loss of the step's micro-batches, as backpropagated (loss scale divided out)"),
         _other("learning_rate", "first", "learning rate of the first parameter group during the step"),
-        _other("grad_norm", "first", "√(Σ over all parameter gradients of g²), before clipping"),
+        _other("grad_norm", "norm", "√(Σ over all parameter gradients of g²), before clipping"),
         _other("loss_scale", "first", "AMP loss scale that was divided out; 1 without AMP"),
         _other("seconds", "max", "wall time of the step, our own work included", "s"),
     ),
