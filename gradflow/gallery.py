@@ -11,12 +11,12 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
-from gradflow import plot_compare, plot_depth, plot_heat, plot_layers, plot_time
+from gradflow import plot_compare, plot_depth, plot_heat, plot_layers, plot_time, plot_tokens
 from gradflow import plot_style as style
 from gradflow.errors import UsageError
 from gradflow.grids import View
 from gradflow.plot_svg import new_figure, quiet, to_svg
-from gradflow.readings import ledger_streams
+from gradflow.readings import pieces
 from gradflow.wording import label, number, printable
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ TRAINING, MAPS = "Training", "Depth by step"
 TOKENS, LAYERS, ATTENTION, COMPARED = "Tokens", "Layers and parameters", "Attention", "Over relative depth"
 SECTIONS = (BOTH, SIGNAL, GRADIENT, TRAINING, MAPS, TOKENS, LAYERS, ATTENTION, COMPARED)
 
+LEAST_BRANCHES = 3  # of a piece whose ledger is worth stacking
+LEDGERS = {
+    "signal_share": (plot_time.plot_signal_ledger, plot_depth.plot_signal_share, "Branch in its sum"),
+    "gradient_share": (plot_time.plot_gradient_ledger, plot_depth.plot_gradient_share, "Gradient through each branch"),
+}
+
 PICTURES: tuple[Picture, ...] = (
     Picture("signal-depth", SIGNAL, "Size of the stream", plot_depth.plot_signal_depth, "streams out_rms", marks=True),
     Picture("branch-depth", SIGNAL, "Size of each branch",
@@ -90,17 +96,17 @@ PICTURES: tuple[Picture, ...] = (
     Picture("signal-map", MAPS, "Size of the stream", plot_heat.plot_signal_map, "streams out_rms"),
     Picture("update-map", MAPS, "Update over weight", plot_heat.plot_update_map, "parameters update_ratio"),
     Picture("token-cosine", TOKENS, "Likeness of tokens",
-            plot_depth.plot_token_cosine, "streams token_cosine", marks=True),
+            plot_tokens.plot_token_cosine, "streams token_cosine", marks=True),
     Picture("effective-rank", TOKENS, "Effective rank",
-            plot_depth.plot_effective_rank, "streams effective_rank", marks=True),
-    Picture("outliers", TOKENS, "Largest element", plot_depth.plot_outliers, "streams max_over_median", marks=True),
+            plot_tokens.plot_effective_rank, "streams effective_rank", marks=True),
+    Picture("outliers", TOKENS, "Largest element", plot_tokens.plot_outliers, "streams max_over_median", marks=True),
     Picture("units", LAYERS, "Dead and saturated units",
             plot_layers.plot_units, "layers dead_fraction saturated_fraction"),
     Picture("update-ratio", LAYERS, "Update over weight", plot_layers.plot_update_ratio, "parameters update_ratio"),
     Picture("attention-entropy", ATTENTION, "Entropy of attention",
-            plot_depth.plot_attention_entropy, "attention entropy", marks=True),
+            plot_tokens.plot_attention_entropy, "attention entropy", marks=True),
     Picture("attention-logits", ATTENTION, "Largest logit",
-            plot_depth.plot_attention_logits, "attention logit_max", marks=True),
+            plot_tokens.plot_attention_logits, "attention logit_max", marks=True),
 )  # fmt: skip
 """Every picture of one run, in the order of the report; the ledgers (`ledgers`) come beside them, one a stream."""
 
@@ -117,16 +123,23 @@ COMPARISONS: tuple[Picture, ...] = (
 
 
 def ledgers(run: Tables, most: int = 3) -> list[Picture]:
-    """The forward and the backward ledger of each stream that has one, those of the most branches first."""
+    """The forward and the backward ledger of the longest pieces of streams, those of the most branches first.
+
+    Where a norm after each join leaves pieces of one or two branches only, the shares stand over depth instead.
+    """
     view, result = View.of(run), []
-    for column, key, section, title, plot in (
-        ("signal_share", "signal-ledger", SIGNAL, "Who wrote the output", plot_time.plot_signal_ledger),
-        ("gradient_share", "gradient-ledger", GRADIENT, "Which way the gradient came", plot_time.plot_gradient_ledger),
+    for column, key, section, title in (
+        ("signal_share", "signal-ledger", SIGNAL, "Who wrote the output"),
+        ("gradient_share", "gradient-ledger", GRADIENT, "Which way the gradient came"),
     ):
-        streams = ledger_streams(view, column)
-        for place, stream in enumerate(streams[:most]):
-            own = (f"{key}-{place}", f"{title} ({stream})") if len(streams) > 1 else (key, title)
-            result.append(Picture(own[0], section, own[1], partial(plot, stream=stream), f"branches {column}"))
+        stacked, over_depth, title_over_depth = LEDGERS[column]
+        found, needs = pieces(view, column), f"branches {column}"
+        long = [piece for piece in found if len(piece.branches) >= LEAST_BRANCHES][:most]
+        for place, piece in enumerate(long):
+            own = (f"{key}-{place}", f"{title} ({piece.name})") if len(found) > 1 else (key, title)
+            result.append(Picture(own[0], section, own[1], partial(stacked, piece=piece), needs))
+        if found and not long:
+            result.append(Picture(key, section, title_over_depth, over_depth, needs, marks=True))
     return result
 
 

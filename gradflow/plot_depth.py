@@ -56,7 +56,7 @@ def draw_stages(view: View, ax: Axes, table: str, column: str, *, split: bool = 
                     if role and last
                     else {}
                 )
-                dot = {"marker": ".", "markersize": 4} if len(x) < 3 and not marked else {}
+                dot = {"marker": ".", "markersize": 4} if (len(x) < 3 or np.isnan(y).any()) and not marked else {}
                 ax.plot(x, y, label=text, **{**look, **marked, **dot})
                 text = "_"
     _role_legend(ax, [role for role in dict.fromkeys(roles) if role])
@@ -115,7 +115,7 @@ def over_depth(
 ) -> tuple[View, Grid]:  # fmt: skip
     """Dress the axes and draw the column over depth; the figure's own additions follow, then `finish`."""
     view = View.of(run)
-    style.dress(ax, x=_depth_axis(view, table), y=unit)
+    style.dress(ax, x=depth_axis(view, table), y=unit)
     ax.set_yscale(scale)
     if not view.has(table, column):
         style.nothing(ax, f"No {unit} was recorded")
@@ -124,7 +124,8 @@ def over_depth(
     return view, grid
 
 
-def _depth_axis(view: View, table: str) -> str:
+def depth_axis(view: View, table: str) -> str:
+    """What the depth axis of a table counts."""
     if table == "branches":
         return "branch, in order of execution"
     if table == "streams":
@@ -232,63 +233,40 @@ def plot_gain_depth(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) 
     return finish(ax, grid, also=[1.0], least_span=3.0)
 
 
-def plot_token_cosine(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Mean cosine between positions of one sequence.
+def plot_signal_share(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Share of each branch in the end of its piece of the stream, where pieces are short (a norm after each join).
 
-    Read it: at 1 all tokens are the same, and nothing can tell them apart.
+    Read it: of the sum right behind the branch, this part came from the branch, the rest from the skip. Near 0 it adds
+    nothing; above a half it outweighs the stream.
     """
     _, grid = over_depth(
-        run, ax, "streams", "token_cosine", unit="cosine between tokens", scale="linear", findings=findings
+        run, ax, "branches", "signal_share", unit="share of the sum", scale="linear", split=True, findings=findings
     )
-    finish(ax, grid)
-    ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.03)
-    return ax
-
-
-def plot_effective_rank(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Effective rank of the sampled rows.
-
-    Read it: how many directions the rows really use. Near 1 they all lie along one.
-    """
-    _, grid = over_depth(run, ax, "streams", "effective_rank", unit="effective rank (directions)", findings=findings)
-    return finish(ax, grid, least_span=10.0)
-
-
-def plot_outliers(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Largest over median absolute value.
-
-    Read it: about 5 is ordinary; over 1,000 a few elements carry the norm.
-    """
-    _, grid = over_depth(run, ax, "streams", "max_over_median", unit="largest / median |x|", findings=findings)
     return finish(ax, grid)
 
 
-def plot_attention_entropy(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Entropy of attention over its largest value, ln(keys).
+def plot_gradient_share(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
+    """Share of the gradient at the start of its piece of the stream that came back through each branch.
 
-    Read it: 1 looks at all tokens alike, 0 at a single one.
+    Read it: this part of the gradient came back through the branch, the rest along the skip, untouched. At 0 the branch
+    passes nothing on.
     """
-    view = View.of(run)
-    if not view.has("attention", "entropy"):
-        return style.nothing(ax, "No entropy of attention was recorded")
-    style.dress(ax, x=_depth_axis(view, "attention"), y="entropy / ln(keys)")
-    entropy, keys = view.grid("attention", "entropy"), view.grid("attention", "keys")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        part = np.where(keys.values > 1, entropy.values / np.log(keys.values), np.nan)
-    grid = Grid(entropy.steps, entropy.names, part, entropy.broken)
-    x = np.arange(1.0, len(grid.names) + 1)
-    for step, look in style.stages(grid):
-        ax.plot(x, grid.row(step), label=f"step {step:,}", marker=".", markersize=3.5, **look)
-    mark_findings(view, ax, grid, "attention", findings)
-    finish(ax, grid)
-    ax.set_ylim(0.0, 1.05)
-    return ax
-
-
-def plot_attention_logits(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
-    """Largest attention logit, in absolute value.
-
-    Read it: tens are usual; growth into the hundreds comes before instability.
-    """
-    _, grid = over_depth(run, ax, "attention", "logit_max", unit="largest |logit|", findings=findings)
+    _, grid = over_depth(
+        run,
+        ax,
+        "branches",
+        "gradient_share",
+        unit="share of the gradient",
+        scale="linear",
+        split=True,
+        findings=findings,
+    )
     return finish(ax, grid)
+
+
+def _shares(run: Tables, ax: Axes, column: str, unit: str, findings: Iterable[Finding]) -> Axes:
+    _, grid = over_depth(run, ax, "branches", column, unit=unit, scale="linear", split=True, findings=findings)
+    finish(ax, grid)
+    if ax.axison:
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    return ax

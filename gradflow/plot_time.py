@@ -10,7 +10,7 @@ from matplotlib.transforms import offset_copy
 
 from gradflow import plot_style as style
 from gradflow.grids import Tables, View, run_starts
-from gradflow.readings import ledger_streams, stream_ledger
+from gradflow.readings import ledger, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
+    from gradflow.readings import Piece
     from gradflow.records import Finding
 
     Floats = NDArray[np.float64]
@@ -87,13 +88,12 @@ def plot_learning_rate(run: Tables, ax: Axes, *, findings: Sequence[Finding] = (
     return _over_steps(run, ax, "learning_rate", unit="learning rate", log=False, findings=findings)
 
 
-def _plot_ledger(run: Tables, ax: Axes, column: str, stream: str | None, own_name: str, unit: str) -> Axes:
+def _plot_ledger(run: Tables, ax: Axes, column: str, piece: Piece | None, own_name: str, unit: str) -> Axes:
     view = View.of(run)
-    if stream is None:
-        stream = next(iter(ledger_streams(view, column)), None)
-    if stream is None:
+    piece = piece or next(iter(pieces(view, column)), None)
+    if piece is None:
         return style.nothing(ax, f"No ledger ({column}) was recorded")
-    own, grid = stream_ledger(view, column, stream)
+    own, grid = ledger(view, column, piece)
     seen = np.isfinite(grid.values).any(axis=1)
     steps, own, values = grid.steps[seen].astype(np.float64), np.nan_to_num(own[seen]), np.nan_to_num(grid.values[seen])
     style.dress(ax, x="optimizer step", y=unit)
@@ -131,18 +131,18 @@ def _stack(ax: Axes, steps: Floats, entries: Sequence[tuple[str, Floats, str]]) 
     ax.set_ylim(min(0.0, 1.05 * float(below.min())), max(1.02, 1.05 * float(above.max())))
 
 
-def plot_signal_ledger(run: Tables, ax: Axes, *, stream: str | None = None) -> Axes:
-    """Shares of x_0 and of the branches in the stream's end, by step (the forward ledger).
+def plot_signal_ledger(run: Tables, ax: Axes, *, piece: Piece | None = None) -> Axes:
+    """Shares of x_0 and of the branches in the stream's end, by step (the forward ledger of a piece).
 
     Read it: the shares sum to 1. A wide grey band means that the output is still mostly the input; what hangs below 0
     erases.
     """
-    return _plot_ledger(run, ax, "signal_share", stream, "x₀, the stream's start", "share of the stream's end")
+    return _plot_ledger(run, ax, "signal_share", piece, "x₀, the stream's start", "share of the stream's end")
 
 
-def plot_gradient_ledger(run: Tables, ax: Axes, *, stream: str | None = None) -> Axes:
+def plot_gradient_ledger(run: Tables, ax: Axes, *, piece: Piece | None = None) -> Axes:
     """Shares of the pure skip path and of the branches in the gradient at the stream's start, by step.
 
     Read it: the shares sum to 1. The grey band came back through additions alone, untouched by any branch.
     """
-    return _plot_ledger(run, ax, "gradient_share", stream, "pure skip path", "share of the gradient at the start")
+    return _plot_ledger(run, ax, "gradient_share", piece, "pure skip path", "share of the gradient at the start")

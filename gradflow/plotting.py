@@ -18,16 +18,13 @@ from gradflow.plot_compare import (
     plot_compare_tokens,
 )
 from gradflow.plot_depth import (
-    plot_attention_entropy,
-    plot_attention_logits,
     plot_branch_depth,
-    plot_effective_rank,
     plot_gain_depth,
     plot_gradient_depth,
-    plot_outliers,
+    plot_gradient_share,
     plot_ratio_depth,
     plot_signal_depth,
-    plot_token_cosine,
+    plot_signal_share,
 )
 from gradflow.plot_heat import (
     plot_cosine_map,
@@ -45,13 +42,20 @@ from gradflow.plot_time import (
     plot_loss,
     plot_signal_ledger,
 )
+from gradflow.plot_tokens import (
+    plot_attention_entropy,
+    plot_attention_logits,
+    plot_effective_rank,
+    plot_outliers,
+    plot_token_cosine,
+)
 
 __all__ = [
     "plot_attention_entropy", "plot_attention_logits", "plot_branch_depth", "plot_compare_grad_norm",
     "plot_compare_gradient", "plot_compare_loss", "plot_compare_ratio", "plot_compare_signal",
     "plot_compare_tokens", "plot_cosine_map", "plot_effective_rank", "plot_gain_depth", "plot_gain_map",
-    "plot_grad_norm", "plot_gradient_depth", "plot_gradient_ledger", "plot_gradient_map", "plot_learning_rate",
-    "plot_loss", "plot_outliers", "plot_path_lengths", "plot_ratio_depth", "plot_ratio_map", "plot_signal_depth",
-    "plot_signal_ledger", "plot_signal_map", "plot_token_cosine", "plot_units", "plot_update_map",
-    "plot_update_ratio",
+    "plot_grad_norm", "plot_gradient_depth", "plot_gradient_ledger", "plot_gradient_map", "plot_gradient_share",
+    "plot_learning_rate", "plot_loss", "plot_outliers", "plot_path_lengths", "plot_ratio_depth", "plot_ratio_map",
+    "plot_signal_depth", "plot_signal_ledger", "plot_signal_map", "plot_signal_share", "plot_token_cosine",
+    "plot_units", "plot_update_map", "plot_update_ratio",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,32 +65,64 @@ def output_cosine(view: View) -> float | None:
     return ends[1] if ends else None
 
 
-def ledger_streams(view: View, column: str) -> list[str]:
-    """Streams whose ledger was recorded, that of the most branches first."""
-    shares = view.grid("branches", column)
-    seen = np.flatnonzero(np.isfinite(shares.values).any(axis=0))
-    known = {shares.labels[i] for i in seen}
-    streams = [branch.stream for branch in view.branches if branch.name in known]
-    return sorted(dict.fromkeys(streams), key=lambda name: -streams.count(name))
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of a stream over which x_L = x_0 + Σ f holds exactly, so that it has a ledger of its own.
+
+    `start` and `end` are its first and last point, `branches` the names of its branches; `name` is the stream's, with
+    the ends where the stream has several pieces.
+    """
+
+    stream: str
+    name: str
+    start: str
+    end: str
+    branches: tuple[str, ...]
 
 
-def stream_ledger(view: View, column: str, stream: str) -> tuple[Floats, Grid]:
-    """(share of the stream's own end entry, shape (step,); shares of its branches, a grid)."""
+def pieces(view: View, column: str) -> list[Piece]:
+    """Pieces of streams whose ledger was recorded, that of the most branches first.
+
+    `column` is `"signal_share"` (forwards) or `"gradient_share"` (backwards).
+    """
     shares = view.grid("branches", column)
-    inside = {branch.name for branch in view.branches if branch.stream == stream}
-    ends = view.grid("streams", column).named(first=stream)
-    with np.errstate(invalid="ignore"):
-        own = np.where(np.isfinite(ends.values).any(axis=1), np.nansum(ends.values, axis=1), np.nan)
-    return own, shares.select([i for i, label in enumerate(shares.labels) if label in inside])
+    known = {shares.labels[i] for i in np.flatnonzero(np.isfinite(shares.values).any(axis=0))}
+    found: list[Piece] = []
+    for stream in view.streams:
+        joins = stream.points[1:]
+        numbers = stream.segments if len(stream.segments) == len(joins) else (0,) * len(joins)
+        for number, group in groupby(range(len(joins)), key=lambda at: numbers[at]):
+            places = list(group)
+            inside = {joins[at] for at in places}
+            names = tuple(b.name for b in view.branches if b.stream == stream.name and b.join in inside)
+            start, end = stream.points[places[0]], joins[places[-1]]
+            name = stream.name if len(set(numbers)) == 1 else f"{stream.name}, piece {number + 1}"
+            if known.intersection(names):
+                found.append(Piece(stream.name, name, start, end, names))
+    return sorted(found, key=lambda piece: -len(piece.branches))
+
+
+def ledger(view: View, column: str, piece: Piece) -> tuple[Floats, Grid]:
+    """(share of the piece's own end entry, shape (step,); shares of its branches, a grid).
+
+    The entry of x_0 stands at the piece's first point, that of the pure skip path at its last.
+    """
+    shares, inside = view.grid("branches", column), set(piece.branches)
+    points = view.grid("streams", column)
+    own = (piece.stream, piece.start if column == "signal_share" else piece.end)
+    column_of_own = (
+        points.values[:, points.names.index(own)] if own in points.names else np.full(len(points.steps), np.nan)
+    )
+    return column_of_own, shares.select([i for i, label in enumerate(shares.labels) if label in inside])
 
 
 def ledger_error(view: View) -> float | None:
-    """Largest distance from 1 of a ledger's sum, over streams, directions and sampled steps; None without a ledger."""
+    """Largest distance from 1 of a ledger's sum, over pieces, directions and sampled steps; None without a ledger."""
     worst: list[float] = []
     for column in ("signal_share", "gradient_share"):
-        for stream in ledger_streams(view, column):
-            own, shares = stream_ledger(view, column, stream)
-            seen = np.isfinite(own) & np.isfinite(shares.values).any(axis=1)
+        for piece in pieces(view, column):
+            own, shares = ledger(view, column, piece)
+            seen = np.isfinite(own) & np.isfinite(shares.values).all(axis=1)
             if seen.any():
-                worst.append(float(np.abs(own + np.nansum(shares.values, axis=1) - 1.0)[seen].max()))
+                worst.append(float(np.abs(own + shares.values.sum(axis=1) - 1.0)[seen].max()))
     return max(worst) if worst else None

@@ -2,16 +2,18 @@
 
 import subprocess
 import sys
+from collections import Counter
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
 import numpy as np
+import pyarrow as pa
 import pytest
 import runs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradflow import gallery, plot_compare, plot_heat, plot_svg, plotting, theory
+from gradflow import gallery, plot_compare, plot_heat, plot_svg, plotting, readings, theory
 from gradflow import plot_style as style
 from gradflow.errors import UsageError
 from gradflow.grids import View
@@ -86,7 +88,9 @@ def test_every_picture_says_how_to_read_it():
 
 def test_every_plot_function_is_public_and_in_the_gallery():
     drawn = {picture.plot.__name__ for picture in (*gallery.PICTURES, *gallery.COMPARISONS)}
-    assert set(plotting.__all__) - drawn == {"plot_signal_ledger", "plot_gradient_ledger", "plot_learning_rate"}
+    assert set(plotting.__all__) - drawn == {
+        "plot_signal_ledger", "plot_gradient_ledger", "plot_signal_share", "plot_gradient_share", "plot_learning_rate",
+    }  # fmt: skip
     assert all(callable(getattr(plotting, name)) for name in plotting.__all__)
 
 
@@ -206,6 +210,51 @@ def test_the_ledger_piles_up_to_one(plot, column):
     assert ax.get_legend_handles_labels()[1][0] == ("x₀, the stream's start" if column == "signal_share" else "pure skip path")
     own = [row[column] for row in run.table("streams").to_pylist() if row[column] is not None]
     assert ax.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(max(own))
+
+
+def cut_into_pieces(*numbers):
+    """A run of as many joins, whose stream is cut into pieces that each have a ledger which adds up to 1."""
+    maker = runs.Maker(blocks=len(numbers) // 2, last=8)
+    tables, meta = maker.tables(), maker.meta()
+    meta["streams"][0]["segments"] = list(numbers)
+    shares = {name: tables["branches"][name].to_numpy().copy().reshape(len(maker.steps), -1) for name in ("signal_share", "gradient_share")}
+    own = {name: np.full((len(maker.steps), len(numbers) + 1), np.nan) for name in shares}
+    for number in set(numbers):
+        inside = [i for i, one in enumerate(numbers) if one == number]
+        for name, values in shares.items():
+            values[:, inside] *= 0.6 / values[:, inside].sum(axis=1, keepdims=True)
+            own[name][:, inside[0] if name == "signal_share" else inside[-1] + 1] = 0.4
+    for name, through in shares.items():
+        for table, values in (("branches", through), ("streams", own[name])):
+            flat = pa.array(values.reshape(-1), from_pandas=True)
+            tables[table] = tables[table].set_column(tables[table].schema.get_field_index(name), name, flat)
+    return runs.Run(meta, tables)
+
+
+@pytest.mark.parametrize("numbers", [(0, 0, 0, 0, 1, 1, 1, 1), (0, 1, 2, 3, 4, 5, 6, 7), (0, 0, 1, 2, 2, 2, 2, 3)])
+def test_each_piece_of_a_stream_has_its_own_ledger(numbers):
+    run = cut_into_pieces(*numbers)
+    view = View(run)
+    for column in ("signal_share", "gradient_share"):
+        found = readings.pieces(view, column)
+        assert sorted(len(piece.branches) for piece in found) == sorted(Counter(numbers).values())
+        for piece in found:
+            own, shares = readings.ledger(view, column, piece)
+            np.testing.assert_allclose(own + shares.values.sum(axis=1), 1.0)
+    assert readings.ledger_error(view) < 1e-12
+    for picture in gallery.ledgers(view):
+        if "ledger of a piece" in (picture.plot.func.__doc__ if hasattr(picture.plot, "func") else ""):
+            ax = picture.plot(view, axes())
+            assert max(path.vertices[:, 1].max() for area in ax.collections for path in area.get_paths()) == pytest.approx(1.0)
+
+
+def test_shares_stand_over_depth_where_norms_leave_no_long_piece():
+    run = cut_into_pieces(*range(8))
+    pictures = gallery.ledgers(run)
+    assert [picture.plot for picture in pictures] == [plotting.plot_signal_share, plotting.plot_gradient_share]
+    _, y = line(plotting.plot_signal_share(run, axes()), "step 8")
+    np.testing.assert_allclose(y, 0.6)
+    assert [len(gallery.ledgers(cut_into_pieces(0, 0, 0, 1, 1, 1)))] == [4]
 
 
 def test_a_share_below_zero_hangs_below_the_axis():
