@@ -159,6 +159,15 @@ HEALTHY = {
     "opt": lambda: train(hugging("opt"), text, loss=of_logits),
     "mixtral": lambda: train(hugging("mixtral"), text, loss=of_logits, steps=60),
     "post-norm-8-slow": lambda: train(language_model(8), text, lr=1e-4, steps=150),
+    "rezero-slow": lambda: train(
+        Residual(8, gate=0.0, norm=False), vectors, steps=1100, every=50, lr=0.01, optimizer=torch.optim.SGD
+    ),
+    "layer-scale-slow": lambda: train(Residual(8, gate=1e-6), vectors, steps=1100, every=50, lr=1e-4),
+    "noisy": lambda: train(
+        Residual(4), lambda g: vectors(g, batch=2), steps=1000, every=25, lr=1e-2, optimizer=torch.optim.SGD, momentum=0.9
+    ),
+    "large-inputs": lambda: train(mlp(4), lambda g: vectors(g, scale=50.0), steps=300),
+    "long": lambda: train(mlp(4), vectors, steps=2000, every=100, lr=3e-3),
     "shallow-without-norm": lambda: train(language_model(2, norm="none"), text, lr=5e-4),
 }  # fmt: skip
 
@@ -236,7 +245,8 @@ ALSO_TRUE = {
     "unnormalised-normed-head": {"exploding-gradient"},
     "diverging": {"exploding-gradient"},
     "dead-sgd": {"update-too-small"},
-    "too-fast": {"dead-units"},
+    "too-fast": {"dead-units", "attention-logit-growth", "attention-entropy-collapse"},
+    "dominant-conv": {"saturated-activation"},
     "vgg-20-default": {"signal-collapse"},
     "unnormalised-conv": {"exploding-gradient"},
     "small-init-tanh": {"signal-collapse"},

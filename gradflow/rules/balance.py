@@ -113,9 +113,9 @@ def inert(view: View) -> list[Finding]:
     dull = lasting(known & (cosine > NEARLY_INERT.value), known)
     natural = 0.5 * np.sqrt(np.asarray(theory.prenorm_branch_share(np.maximum(depth, 1).astype(np.float64))))
     dead = lasting(known & (cosine > INERT.value) & (ratio < natural), known)
-    if grid.steps[-1] < SILENCE_PATIENCE.value:
-        first = np.array([column[np.isfinite(column)][0] if np.isfinite(column).any() else 0.0 for column in ratio.T])
-        dead &= first > STARTED
+    first = np.array([column[np.isfinite(column)][0] if np.isfinite(column).any() else 0.0 for column in ratio.T])
+    growing = settled(ratio) > 1.2 * median(ratio[: max(1, len(ratio) // 2)])
+    dead &= (first > STARTED) | ((grid.steps[-1] >= SILENCE_PATIENCE.value) & ~growing)
     joins = int(free.sum())
     serious = joins >= 6 and 2 * dead.sum() > joins
     if not serious and (joins < 6 or 3 * dull.sum() <= joins):
@@ -209,8 +209,8 @@ INERT_DEPTH: Rule = Rule(
     says="deep blocks hardly change the stream",
     severities=("warning", "info"),
     criterion=(
-        "After 300 steps (1,000 for branches that started near zero), over half of the joins above the threshold "
-        "and under half of 1/√l: warning; over a third above 0.995: info."
+        "After 300 steps (1,000 for branches that started near zero, and none while they grow), over half of the "
+        "joins above the threshold and under half of 1/√l: warning; over a third above 0.995: info."
     ),
     thresholds=(INERT, NEARLY_INERT),
     source="Sun et al. 2025, The Curse of Depth, arXiv:2502.05795",
