@@ -93,7 +93,9 @@ class Attachment:
 
     def _hook(self, module: nn.Module) -> None:
         path = self._paths[module]
-        before = nn.Module.register_forward_pre_hook(module, _Hook(self._before, path), with_kwargs=True)
+        before = nn.Module.register_forward_pre_hook(
+            module, _Hook(self._before if self._aside else self._entered, path), with_kwargs=True
+        )
         after = nn.Module.register_forward_hook(module, _Hook(self._exited, path), with_kwargs=True, always_call=True)
         self._handles[module] = (before, after)
 
@@ -103,7 +105,7 @@ class Attachment:
 
     def _before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entered(path, module, args, kwargs)
-        if self._aside and isinstance(module, _FUSED) and self._waiting is None and may_fuse(module, args, kwargs):
+        if isinstance(module, _FUSED) and self._waiting is None and may_fuse(module, args, kwargs):
             self._stand_aside(path, module)
 
     def _stand_aside(self, path: str, fused: nn.Module) -> None:

@@ -93,7 +93,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 def _copied(buffer: Tensor | None) -> tuple[Tensor, int] | None:
     """A buffer's values and version; None where there are no values to keep."""
-    if buffer is None or buffer.is_meta or isinstance(buffer, nn.parameter.UninitializedTensorMixin):
+    if buffer is None or buffer.is_meta or isinstance(buffer, nn.UninitializedBuffer):
         return None
     return buffer.detach().clone(), -1 if buffer.is_inference() else buffer._version  # noqa: SLF001
 

@@ -1,4 +1,4 @@
-"""Families of operations, by canonical name: what keeps a tensor's identity, what can carry a weight, what is linear."""
+"""Families of operations, by canonical name: what keeps a tensor the same, what can carry a weight, what is linear."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NORMS = frozenset({
 ROOTS = frozenset({"rsqrt", "sqrt", "std", "var", "norm", "vector_norm", "linalg_vector_norm", "linalg_norm",
                    "std_mean", "var_mean", "reciprocal"})  # fmt: skip
 # What may stand between a root and the factor that it becomes.
-BESIDE_ROOTS = VIEWS | {"add", "clamp", "clamp_min", "maximum", "div", "mul"}
+BESIDE_ROOTS = VIEWS | {"add", "clamp", "clamp_min", "maximum", "div", "mul", "rdiv"}
 # One linear map with one weight.
 LINEAR_MAPS = frozenset({"linear", "conv", "conv_tbc", "matmul", "mm", "bmm", "addmm", "einsum", "baddbmm", "addbmm",
                          "tensordot", "inner", "mv", "addmv", "_grouped_mm", "grouped_mm", "scaled_mm",
@@ -51,14 +51,16 @@ POOLED = frozenset({"mean", "max", "amax"})
 # They put a weight beside the data, not through it.
 _BESIDE = frozenset({
     "add", "sub", "cat", "stack", "where", "setitem", "copy", "masked_fill", "masked_scatter", "index_put", "index_add",
-    "index_copy", "scatter", "scatter_add", "scatter_reduce", "hstack", "vstack", "dstack", "maximum", "minimum", "lerp",
+    "index_copy", "scatter", "scatter_add", "scatter_reduce", "hstack", "vstack", "dstack", "maximum", "minimum",
+    "lerp",
     "addcmul", "addcdiv", "update", "block_diag", "broadcast_tensors", "meshgrid", "eq", "ne", "lt", "le", "gt", "ge",
     "prelu", "cross_entropy", "mse_loss", "nll_loss", "l1_loss", "smooth_l1_loss", "kl_div", "dist",
 })  # fmt: skip
 BESIDE = _BESIDE | NORMS | VIEWS | RESAMPLING | DROPOUT
 # Linear in the data, without a weight of their own.
 LINEAR = (
-    DROPOUT | VIEWS | SLICES | NORMS | (RESAMPLING - {"max_pool1d", "max_pool2d", "max_pool3d"}) | LINEAR_MAPS | WEIGHTED
+    DROPOUT | VIEWS | SLICES | NORMS | LINEAR_MAPS | WEIGHTED
+    | (RESAMPLING - {"max_pool1d", "max_pool2d", "max_pool3d"})
     | frozenset({
         "add", "sub", "neg", "cat", "stack", "sum", "mean", "setitem", "copy", "masked_fill", "update", "index_select",
         "gather", "cumsum", "hstack", "vstack", "index_add", "scatter_add", "fft", "ifft", "rfft", "irfft", "fft2",

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from gradflow.register import Register
 
 # At the outermost call inputs may hide in objects; between modules only containers are looked into.
-_OUTER_DEPTH, _INNER_DEPTH = 6, 3
+_OUTER_DEPTH, _INNER_DEPTH = 5, 2
+_NUMBERS = (int, float, str)
 
 
 @dataclass(slots=True)
@@ -51,10 +52,13 @@ class Frames:
         """A forward begins; the number of its call."""
         register, stack = self._register, self._stack
         inputs: list[int] = []
-        for tensor in tensors_in((args, kwargs), _INNER_DEPTH if stack else _OUTER_DEPTH, objects=not stack):
-            node = register.node_of(tensor) if stack else register.node_for(tensor, "input")
-            if node is not None:
-                inputs.append(node)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if value is None or isinstance(value, _NUMBERS):
+                continue
+            for tensor in tensors_in(value, _INNER_DEPTH if stack else _OUTER_DEPTH, objects=not stack):
+                node = register.node_of(tensor) if stack else register.node_for(tensor, "input")
+                if node is not None:
+                    inputs.append(node)
         parent, grad = stack[-1].index if stack else -1, torch.is_grad_enabled()
         first = len(register.rows)
         frame = _Frame(len(self._all), path, parent, type(module).__name__, grad, first, tuple(inputs))

@@ -22,7 +22,9 @@ def fused_sums(roles: Roles, ancestry: Ancestry) -> list[Problem]:
     found = []
     for node in roles.nodes:
         operands = fused_operands(roles, node)
-        if operands and any(_is_skip(roles, ancestry, skip, operands) for skip in operands[: 1 if node.op in _FUSED else None]):
+        if operands and any(
+            _is_skip(roles, ancestry, skip, operands) for skip in operands[: 1 if node.op in _FUSED else None]
+        ):
             reason = "a residual sum inside this operation is not measured; written as x + f(x) it would be"
             found.append(Problem(node.op, node.scope, reason))
     return found
@@ -38,7 +40,7 @@ def fused_operands(roles: Roles, node: Node) -> Sequence[int]:
 
 def _is_skip(roles: Roles, ancestry: Ancestry, skip: int, operands: Sequence[int]) -> bool:
     others = [operand for operand in operands if operand != skip]
-    for fork in roles.chain(skip):
+    for fork in roles.like.chain(skip):
         bit = ancestry.bit.get(fork, 0)
         if roles.data[fork] and any(ancestry.through_weight[other] & bit for other in others):
             return True

@@ -2,8 +2,8 @@
 
 An addition is a join where one operand is identity-like to a tensor (the fork) that the other operand depends on
 through a learned operation. What looks like one without being one is told apart by where the supposed fork enters the
-branch: masks, positions and biases enter from the side, gates lose the skip again, updates lack a nonlinearity. No class
-and no library is known by name.
+branch: masks, positions and biases enter from the side, gates lose the skip again, updates lack a nonlinearity. No
+class and no library is known by name.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from gradflow import families
 from gradflow.ancestry import Ancestry
 from gradflow.fused import fused_operands
+from gradflow.likeness import size, wide_dims
 from gradflow.paths import enters_by_itself, is_learned_twice
-from gradflow.roles import size, wide_dims
 from gradflow.sums import Sums, all_but_one
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class JoinFinder:
         operands += [p for node in self._nodes for p in fused_operands(roles, node)]
         for operand in dict.fromkeys(operands):
             if self._nodes[operand].floating:
-                ways = (*roles.chain(operand), *self._behind_one_map(operand))
+                ways = (*roles.like.chain(operand), *self._behind_one_map(operand))
                 forks.update(c for c in ways if len(roles.consumers[c]) > 1 or c in repeated)
         return forks
 
@@ -140,7 +140,7 @@ class JoinFinder:
 
     def _identity_fork(self, index: int, skip: int, branches: list[int]) -> int | None:
         """The first tensor on the skip's identity-like way back that every branch depends on through a weight."""
-        for fork in self._roles.chain(skip):
+        for fork in self._roles.like.chain(skip):
             if self._weighed(fork, branches):
                 sound = self._covers(skip, index, fork) and all(self._is_main(fork, b) for b in branches)
                 return fork if sound and not any(self._is_gate(skip, fork, b) for b in branches) else None
@@ -170,7 +170,7 @@ class JoinFinder:
             if mapped and roles.data[index]:
                 yield index
             node = nodes[index]
-            before = roles.identity_parent(index)
+            before = roles.like.identity_parent(index)
             if before is None and node.op in families.NORMS:
                 before = node.parents[0]
             if before is None and not mapped and node.op in families.LINEAR_MAPS and roles.weights[index] is not None:
@@ -201,7 +201,7 @@ class JoinFinder:
         The difference in it is no join of its own in any case.
         """
         roles = self._roles
-        same = {tensor for tensor in roles.chain(skip) if tensor >= fork}
+        same = {tensor for tensor in roles.like.chain(skip) if tensor >= fork}
         stack = [(branch, False, 0)]
         while stack:
             index, modulated, depth = stack.pop()
@@ -216,14 +216,14 @@ class JoinFinder:
                 stack.append((left, modulated or roles.data[right], depth + 1))
                 stack.append((right, modulated or roles.data[left], depth + 1))
                 continue
-            parent = roles.identity_parent(index)
+            parent = roles.like.identity_parent(index)
             if parent is not None:
                 stack.append((parent, modulated or node.op == "detach", depth + 1))
         return False
 
     def _loses(self, index: int, same: set[int]) -> bool:
         """Whether the skip's own tensor is an operand of a difference."""
-        return any(not same.isdisjoint(self._roles.chain(p)) for p in self._nodes[index].parents[:2])
+        return any(not same.isdisjoint(self._roles.like.chain(p)) for p in self._nodes[index].parents[:2])
 
     def _carried_past(self) -> set[int]:
         """Joins whose sum serves one sublayer alone, while an operand is carried on as the skip of a later join.
@@ -236,7 +236,7 @@ class JoinFinder:
         for join in self._joins.values():
             forks.setdefault(join.fork, []).append(join)
         for join in self._joins.values():
-            carried = [c for addend in join.addends for c in self._roles.chain(addend.node)]
+            carried = [c for addend in join.addends for c in self._roles.like.chain(addend.node)]
             if any(self._is_pattern(c) for c in carried):
                 carried.append(join.fork)
             if any(self._serves(join.node, later) for c in carried for later in forks.get(c, ())):
@@ -245,7 +245,9 @@ class JoinFinder:
 
     def _serves(self, index: int, later: Match) -> bool:
         """Whether a node is in a join's branch and not on its skip."""
-        on = [operand for operand in (a.node for a in later.addends) if operand == index or self._depends(operand, index)]
+        on = [
+            operand for operand in (a.node for a in later.addends) if operand == index or self._depends(operand, index)
+        ]
         skip = later.skip.node
         return bool(on) and skip != index and not self._depends(skip, index)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradflow.roles import Roles
     from gradflow.records import Addend, Graph
+    from gradflow.roles import Roles
 
 
 class Label(NamedTuple):
@@ -56,7 +55,7 @@ def _with_grad(graph: Graph, node: int) -> bool:
 
 
 def _relative(name: str, scope: str) -> str:
-    if scope and name.startswith((f"{scope}.", f"{scope}@")) or name == scope:
+    if name == scope or (scope and name.startswith((f"{scope}.", f"{scope}@"))):
         rest = name[len(scope) :].lstrip(".")
         return rest if rest and not rest.startswith("@") else f"sum{rest}"
     return name
@@ -72,17 +71,21 @@ def _base(parts: Sequence[str], scope: str, *, alone: bool) -> str:
         return scope
     if all(part.startswith(f"{scope}." if scope else "") for part in parts):
         return f"{parts[0]}-{_relative(parts[-1], scope)}"
-    common = _common(parts)
+    common = common_path(parts)
     return scope if scope.startswith(common) and scope != common else common
 
 
-def _common(paths: Sequence[str]) -> str:
-    return ".".join(os.path.commonprefix([path.split(".") for path in paths]))
+def common_path(paths: Sequence[str]) -> str:
+    """The leading segments that all dotted paths share."""
+    common: list[str] = []
+    for segments in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(segments)) > 1:
+            break
+        common.append(segments[0])
+    return ".".join(common)
 
 
-def _makers(
-    graph: Graph, roles: Roles, join: int, fork: int, branch: int, stops: dict[int, int]
-) -> list[str]:
+def _makers(graph: Graph, roles: Roles, join: int, fork: int, branch: int, stops: dict[int, int]) -> list[str]:
     """Paths of the outermost modules called in the join's forward (else: the parameters) that the branch passes.
 
     Going back from the branch, a join evaluated outside the modules that this forward calls (`stops`) is where the
@@ -91,7 +94,6 @@ def _makers(
     call = graph.nodes[join].call
     scope = graph.nodes[join].scope
     within = set(roles.between(fork, branch))
-    found: list[str] = []
     queue, seen = [branch], {branch}
     order: list[int] = []
     while queue:
@@ -102,9 +104,11 @@ def _makers(
         new = [p for p in graph.nodes[index].parents if p not in seen]
         seen.update(new)
         queue += new
-    for index in sorted(order):
-        if roles.weights[index] is not None:
-            found.append(_child(graph, index, call) or _weight_name(graph, index, scope))
+    found = [
+        _child(graph, index, call) or _weight_name(graph, index, scope)
+        for index in sorted(order)
+        if roles.weights[index] is not None
+    ]
     if not found and stops:
         return _makers(graph, roles, join, fork, branch, {})
     return list(dict.fromkeys(found))
@@ -120,7 +124,7 @@ def _below(graph: Graph, call: int, outer: int) -> bool:
 
 
 def _child(graph: Graph, index: int, call: int) -> str | None:
-    """Path of the call below `call` that a node ran in (its own scope if elsewhere), None if it ran in `call` itself."""
+    """Path of the call below `call` that a node ran in (elsewhere: its own scope), None if it ran in `call` itself."""
     current = graph.nodes[index].call
     if current == call:
         return None
@@ -132,9 +136,9 @@ def _child(graph: Graph, index: int, call: int) -> str | None:
 def _weight_name(graph: Graph, index: int, scope: str) -> str:
     """The weight of an operation that ran in no submodule, or the operation's own name."""
     for parent in graph.nodes[index].parents:
-        while parent is not None:
-            node = graph.nodes[parent]
-            if node.op == "parameter" and node.detail.get("name"):
-                return str(node.detail["name"]).removesuffix(".weight")
-            parent = node.parents[0] if len(node.parents) == 1 else None
+        node = graph.nodes[parent]
+        while len(node.parents) == 1:
+            node = graph.nodes[node.parents[0]]
+        if node.op == "parameter" and node.detail.get("name"):
+            return str(node.detail["name"]).removesuffix(".weight")
     return f"{scope}.{graph.nodes[index].op}" if scope else graph.nodes[index].op

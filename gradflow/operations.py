@@ -11,13 +11,13 @@ from typing import Any
 
 _SYNONYMS = {
     "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub",
-    "absolute": "abs", "negative": "neg", "rdiv": "rdiv", "concat": "cat", "concatenate": "cat",
+    "absolute": "abs", "negative": "neg", "concat": "cat", "concatenate": "cat",
     "conv1d": "conv", "conv2d": "conv", "conv3d": "conv", "convolution": "conv", "_convolution": "conv",
     "conv_transpose1d": "conv", "conv_transpose2d": "conv", "conv_transpose3d": "conv", "swapaxes": "transpose",
     "swapdims": "transpose", "moveaxis": "movedim", "_softmax": "softmax", "special_softmax": "softmax",
 }  # fmt: skip
 _REFLECTED = {
-    "radd": "add", "rsub": "sub", "rmul": "mul", "rdiv": "div", "rtruediv": "div", "rmatmul": "matmul", "rpow": "pow",
+    "radd": "add", "rsub": "sub", "rmul": "mul", "rdiv": "rdiv", "rtruediv": "rdiv", "rmatmul": "matmul", "rpow": "pow",
     "rfloordiv": "floordiv", "rmod": "mod", "rand": "and", "ror": "or", "rxor": "xor",
 }  # fmt: skip
 # Dunder names whose leading letter is not an in-place or reflected mark.
@@ -25,7 +25,7 @@ _PLAIN_DUNDERS = frozenset({"index", "invert", "int", "rshift", "round", "revers
 _TENSOR_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _UNSEEN = frozenset({
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "data_ptr", "is_contiguous",
-    "is_floating_point", "is_complex", "is_signed", "is_nonzero", "element_size", "item", "tolist", "numpy", "cpu_numpy",
+    "is_floating_point", "is_complex", "is_signed", "is_nonzero", "element_size", "item", "tolist", "numpy",
     "len", "bool", "float_scalar", "int", "index", "format", "repr", "str", "hash", "contains", "set", "delete",
     "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "is_same_size", "get_device", "type_str",
     "untyped_storage", "storage", "is_shared", "is_pinned", "is_inference", "_is_view", "dim_order", "equal",

@@ -25,7 +25,7 @@ def enters_by_itself(roles: Roles, fork: int, branch: int) -> bool:
             if consumer in seen or consumer not in within:
                 continue
             node = roles.nodes[consumer]
-            if roles.identity_parent(consumer) == index or _with_fixed(roles, consumer):
+            if roles.like.identity_parent(consumer) == index or _with_fixed(roles, consumer):
                 seen.add(consumer)
                 queue.append(consumer)
             elif node.op in _SIDEWAYS or (node.op == _ATTENTION and index not in node.parents[:3]):
@@ -50,7 +50,7 @@ def begins_with_norm(roles: Roles, fork: int, branch: int) -> bool:
         for consumer in roles.consumers[index]:
             if consumer in seen or consumer not in within:
                 continue
-            if roles.is_norm(consumer):
+            if roles.like.is_norm(consumer):
                 normed = True
             elif roles.weights[consumer] is not None or consumer == branch:
                 return False
@@ -85,7 +85,7 @@ def _is_gate(roles: Roles, index: int) -> bool:
         node = roles.nodes[current]
         if node.op in families.GATES:
             return True
-        current = node.parents[0] if node.op in families.SLICES else roles.identity_parent(current)
+        current = node.parents[0] if node.op in families.SLICES else roles.like.identity_parent(current)
     return False
 
 
@@ -97,6 +97,6 @@ def _after(roles: Roles, index: int, state: int, ways: int) -> int:
     if roles.weights[index] is not None:
         return (_ONCE if state & (_PLAIN | _ONCE) else 0) | (_TWICE if state & (_BENT | _TWICE) else 0)
     product = node.op in {"mul", "div"} or node.op in families.LINEAR_MAPS
-    if (ways > 1 if product else node.op not in families.LINEAR):
+    if ways > 1 if product else node.op not in families.LINEAR:
         return (state & ~_ONCE) | (_BENT if state & _ONCE else 0)
     return state

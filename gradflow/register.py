@@ -128,7 +128,8 @@ class Register(Sequence[Node]):
             return self.add(tensor, "parameter", (), {"name": name[0], "buffer": name[1]})
         index = self.add(tensor, kind, (), {"source": "outside"})
         if kind == "input" and tensor.requires_grad:
-            self.edges[index] = tuple(torch.autograd.graph.get_gradient_edge(tensor))[:2]
+            edge = torch.autograd.graph.get_gradient_edge(tensor)
+            self.edges[index] = (edge.node, edge.output_nr)
         return index
 
     def opaque(self, tensor: Tensor, parents: tuple[int, ...], what: str, reason: str, *, learned: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradflow import families
+from gradflow.likeness import Likeness, wide_dims
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,20 +13,6 @@ if TYPE_CHECKING:
     from gradflow.records import Node
 
 _QKV = 3  # operands of attention before its weights: query, key, value
-_ROOT_STEPS = 6
-
-
-def size(shape: tuple[int, ...]) -> int:
-    """Number of elements."""
-    count = 1
-    for length in shape:
-        count *= length
-    return count
-
-
-def wide_dims(shape: tuple[int, ...]) -> int:
-    """Number of dimensions longer than one."""
-    return sum(length > 1 for length in shape)
 
 
 class Roles:
@@ -39,6 +26,7 @@ class Roles:
         weighty: Whether it stems from parameters (or unnamed tensors from outside) alone: it can be a weight.
         parametric: Whether a parameter reaches it.
         weights: For a learned operation, the operands that are its weights (may be none); None for all others.
+        like: What each node is the same thing as.
         twins: For a slice, an earlier slice of the same tensor by the same index: the same values.
     """
 
@@ -53,8 +41,7 @@ class Roles:
         self.weights: list[frozenset[int] | None] = [None] * count
         self.twins: dict[int, int] = {}
         self._slices: dict[tuple[str, int, str], int] = {}
-        self._identity: dict[int, int | None] = {}
-        self._chains: dict[int, tuple[int, ...]] = {}
+        self.like = Likeness(self)
         self._between: dict[tuple[int, int], list[int]] = {}
         for node in nodes:
             self._add(node)
@@ -137,145 +124,26 @@ class Roles:
         if op in families.NETWORKS:
             return frozenset(p for p in parents[_QKV:] if self.weighty[p] and p not in parents[:_QKV])
         if op in families.WEIGHTED:
-            return None if self._fixed_filter(node) else frozenset(parents[1:])
+            return None if self.is_fixed_filter(node) else frozenset(parents[1:])
         if op in families.BESIDE or len(parents) == 1:
             return None
-        if op in families.LOOKUPS:
-            table = self.weighty[parents[0]] and self.from_input[node.index] and len(self.nodes[parents[0]].shape) > 1
-            return frozenset(parents[:1]) if table else None
-        weights = frozenset(p for p in parents if self.weighty[p] and wide_dims(self.nodes[p].shape) > 1)
-        if not weights or all(self.weighty[p] or not self.nodes[p].floating for p in parents):
-            return None
-        if any(self.nodes[p].floating and not self.weighty[p] for p in parents):
-            return weights
-        return None
+        return self._table(node) if op in families.LOOKUPS else self._combined(node)
 
-    def _fixed_filter(self, node: Node) -> bool:
+    def _table(self, node: Node) -> frozenset[int] | None:
+        """The table of a lookup by indices from the input."""
+        table = node.parents[0]
+        learned = self.weighty[table] and self.from_input[node.index] and len(self.nodes[table].shape) > 1
+        return frozenset({table}) if learned else None
+
+    def _combined(self, node: Node) -> frozenset[int] | None:
+        """Weights of two or more dimensions that any other operation combines with what is no weight."""
+        floats = [p for p in node.parents if self.nodes[p].floating]
+        weights = frozenset(p for p in floats if self.weighty[p] and wide_dims(self.nodes[p].shape) > 1)
+        return weights if weights and not all(self.weighty[p] for p in floats) else None
+
+    def is_fixed_filter(self, node: Node) -> bool:
         """A convolution with a buffer or a computed kernel: blurring, resampling; no learned operation."""
         if node.op != "conv" or len(node.parents) < 2:
             return False
         kernel = node.parents[1]
         return not self.from_input[kernel] and not self.weighty[kernel]
-
-    # ---------------------------------------------------------------- identity-like paths
-
-    def chain(self, index: int) -> tuple[int, ...]:
-        """A node and those before it that it is identity-like to, nearest first."""
-        found = self._chains.get(index)
-        if found is None:
-            path, before = [index], self.identity_parent(index)
-            while before is not None and before not in self._chains:
-                path.append(before)
-                before = self.identity_parent(before)
-            found = self._chains[index] = (*path, *(self._chains[before] if before is not None else ()))
-        return found
-
-    def identity_parent(self, index: int) -> int | None:
-        """The operand that a node is the identity-like image of, None if there is none."""
-        if index not in self._identity:
-            parent = self._identity_parent(self.nodes[index])
-            self._identity[index] = parent if parent is not None and self.nodes[parent].floating else None
-        return self._identity[index]
-
-    def _identity_parent(self, node: Node) -> int | None:  # noqa: PLR0911
-        op, parents = node.op, node.parents
-        if not parents or not node.floating:
-            return None
-        first = parents[0]
-        if op in families.DROPOUT or op in families.VIEWS or op in families.RESAMPLING or op == "neg":
-            return first
-        if op in {"masked_fill", "setitem"}:
-            return first if all(not self.nodes[p].floating for p in parents[1:]) else None
-        if op in {"mul", "div"}:
-            return self._scaled(node)
-        if op in families.ADDITIONS:
-            return self._shifted(node)
-        if op in families.SLICES:
-            whole = size(node.shape) == size(self.nodes[first].shape) and node.detail.get("outputs", 1) == 1
-            return first if whole and len(parents) == 1 else self.twins.get(node.index)
-        if op in families.POOLED:
-            return first if node.shape and node.detail.get("output", 0) == 0 and len(parents) == 1 else None
-        if op == "cat":  # padding, or a few tokens put in front
-            most = max(parents, key=lambda p: size(self.nodes[p].shape))
-            return most if 2 * size(self.nodes[most].shape) > size(node.shape) else None
-        if op == "copy":
-            return parents[-1] if size(node.shape) == size(self.nodes[parents[-1]].shape) else None
-        if op == "where":
-            floats = [p for p in parents if self.nodes[p].floating and self.nodes[p].op != "constant"]
-            return floats[0] if len(floats) == 1 else None
-        if op == "conv":
-            return first if self._fixed_filter(node) else None
-        if op == "opaque":
-            return first if node.detail.get("alias") else None
-        return None
-
-    def _scaled(self, node: Node) -> int | None:
-        """The operand of a product whose other operand is a constant, a mask or a scalar or per-channel gain."""
-        if len(node.parents) == 1:
-            return node.parents[0]
-        left, right = node.parents[:2]
-        if left == right:
-            return None
-        if self._gain(right, node):
-            return left if not self._gain(left, node) or self._bigger(left, right) else right
-        return right if self._gain(left, node) and node.op == "mul" else None
-
-    def _bigger(self, left: int, right: int) -> bool:
-        return size(self.nodes[left].shape) >= size(self.nodes[right].shape)
-
-    def _gain(self, index: int, product: Node) -> bool:
-        node = self.nodes[index]
-        if self.data[index]:
-            return False
-        if self.from_input[index] or not self.weighty[index]:
-            return not self.parametric[index]  # a mask, a constant, dropout's noise
-        return wide_dims(node.shape) <= 1 and size(node.shape) <= size(product.shape)
-
-    def _shifted(self, node: Node) -> int | None:
-        """The operand of a sum whose other operand is a number or a per-channel offset (hand-written affine norms)."""
-        if len(node.parents) == 1:
-            return node.parents[0]
-        left, right = node.parents[:2]
-        if self._offset(right, left):
-            return left
-        return right if self._offset(left, right) else None
-
-    def _offset(self, index: int, other: int) -> bool:
-        node = self.nodes[index]
-        static = not self.from_input[index]
-        return static and wide_dims(node.shape) <= 1 and size(node.shape) < max(2, size(self.nodes[other].shape))
-
-    # ---------------------------------------------------------------- norms
-
-    def is_norm(self, index: int) -> bool:
-        """Whether a node is a norm's output, or the product that completes a hand-written one."""
-        return self.norm_source(index) is not None
-
-    def norm_source(self, index: int) -> int | None:
-        """What a norm normalises, None if the node is no norm's output."""
-        node = self.nodes[index]
-        if node.op in families.NORMS and node.parents:
-            return node.parents[0]
-        if node.op not in {"mul", "div"} or len(node.parents) < 2:
-            return None
-        left, right = (self._centred(p) for p in node.parents[:2])
-        if self._root(node.parents[1], {left}):
-            return left
-        return right if self._root(node.parents[0], {right}) else None
-
-    def _centred(self, index: int) -> int:
-        """What a tensor less its own mean comes from; the tensor itself if it is no such thing."""
-        node = self.nodes[index]
-        centred = node.op == "sub" and len(node.parents) > 1 and self.nodes[node.parents[1]].op == "mean"
-        return node.parents[0] if centred else index
-
-    def _root(self, index: int, others: set[int]) -> bool:
-        """Whether a factor is one over a root mean square (or the like) of what the other factor comes from."""
-        for _ in range(_ROOT_STEPS):
-            node = self.nodes[index]
-            if node.op in families.ROOTS or (node.op == "pow" and node.floating and "root" in node.detail):
-                return any(self.depends(index, source) for other in others for source in self.chain(other)[:_ROOT_STEPS])
-            if node.op not in families.BESIDE_ROOTS or not node.parents:
-                return False
-            index = node.parents[0]
-        return False

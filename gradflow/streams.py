@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from gradflow import families
+from gradflow.naming import common_path
 from gradflow.records import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradflow.roles import Roles
     from gradflow.records import Graph, Join
+    from gradflow.roles import Roles
 
-_LINKS = frozenset({"relu", "gelu", "silu", "leaky_relu", "elu", "relu6", "hardswish", "mish", "tanh", "clamp", "prelu"})
+_LINKS = frozenset(
+    {"relu", "gelu", "silu", "leaky_relu", "elu", "relu6", "hardswish", "mish", "tanh", "clamp", "prelu"}
+)
 # What changes the order of elements or cuts the gradient breaks the sums of a ledger.
 _EXACT = families.VIEWS - {
     "detach", "data", "flip", "fliplr", "flipud", "roll", "rot90", "transpose", "t", "permute", "movedim", "adjoint",
@@ -33,7 +35,7 @@ def is_post_norm(graph: Graph, roles: Roles, join: int, forks: Sequence[int]) ->
         return False
     own = any(_runs_within(graph, graph.nodes[n].call, graph.nodes[join].call) for n in norms)
     later = [fork for fork in forks if fork > join]
-    return own or any(n in roles.chain(fork) for fork in later for n in norms)
+    return own or any(n in roles.like.chain(fork) for fork in later for n in norms)
 
 
 def _only_norms(roles: Roles, index: int) -> list[int]:
@@ -44,9 +46,9 @@ def _only_norms(roles: Roles, index: int) -> list[int]:
         current = queue.pop()
         for consumer in roles.consumers[current]:
             node = roles.nodes[consumer]
-            if roles.is_norm(consumer):
+            if roles.like.is_norm(consumer):
                 found.append(consumer)
-            elif roles.identity_parent(consumer) == current:
+            elif roles.like.identity_parent(consumer) == current:
                 queue.append(consumer)
             elif node.op not in {"pow", "mean", "var", "std", "square", "sub", "var_mean", "norm", "vector_norm"}:
                 return []
@@ -88,13 +90,11 @@ def _chains(roles: Roles, joins: list[Join]) -> list[list[int]]:
     """Positions of the joins of each stream. Where several joins leave from one, the outermost goes on with it."""
     at = {join.node: position for position, join in enumerate(joins)}
     successor: dict[int, int] = {}
-    before: dict[int, int] = {}
     for position, join in enumerate(joins):
         source = _source(roles, join.fork, at)
         if source is not None:
             successor[source] = position  # later joins overwrite: the last one encloses the others
-    for source, position in successor.items():
-        before[position] = source
+    before = {position: source for source, position in successor.items()}
     chains = []
     for position in range(len(joins)):
         if position in before:
@@ -113,14 +113,14 @@ def _source(roles: Roles, fork: int, at: dict[int, int]) -> int | None:
         if index in at:
             return at[index]
         node = roles.nodes[index]
-        before = roles.identity_parent(index)
+        before = roles.like.identity_parent(index)
         if before is None and node.op in _LINKS:
             before = node.parents[0]
         elif before is None and node.op in families.ADDITIONS:  # a position put onto the stream
             signals = [p for p in node.parents[:2] if roles.data[p]]
             before = signals[0] if len(signals) == 1 else None
         elif before is None:
-            before = roles.norm_source(index)
+            before = roles.like.norm_source(index)
         index = before
     return None
 
@@ -142,7 +142,7 @@ def _keeps(roles: Roles, join: Join) -> bool:
 def _same(roles: Roles, index: int, origin: int) -> bool:
     while index != origin:
         node = roles.nodes[index]
-        whole = node.op in families.SLICES and roles.identity_parent(index) is not None
+        whole = node.op in families.SLICES and roles.like.identity_parent(index) is not None
         if node.op not in _EXACT and not whole and not (node.op == "add" and node.detail.get("scalar") == 0):
             return False
         index = node.parents[0]
@@ -159,8 +159,7 @@ def _names(graph: Graph, joins: list[Join], chains: list[list[int]]) -> list[str
     seen: Counter[str] = Counter()
     names = []
     for chain in chains:
-        paths = [graph.nodes[joins[p].node].scope.split(".") for p in chain]
-        name = ".".join(os.path.commonprefix(paths)) or "stream"
+        name = common_path([graph.nodes[joins[p].node].scope for p in chain]) or "stream"
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}@{seen[name] - 1}")
     return names
@@ -179,7 +178,7 @@ def trunk(graph: Graph) -> tuple[Stream, ...]:
     if len(best) < 2:
         return ()
     paths = [graph.calls[c].module for c in best]
-    name = ".".join(os.path.commonprefix([path.split(".") for path in paths])) or "trunk"
+    name = common_path(paths) or "trunk"
     points = [path if not (k := paths[:i].count(path)) else f"{path}@{k}" for i, path in enumerate(paths)]
     return (Stream(name, "trunk", tuple(points), tuple(graph.calls[c].outputs[0] for c in best)),)
 
@@ -196,7 +195,11 @@ def _longest(graph: Graph, siblings: list[int]) -> list[int]:
         for index in call.inputs:
             reached |= graph.nodes[index].ancestors | 1 << index
         for earlier in siblings[:position]:
-            if earlier in length and reached >> graph.calls[earlier].outputs[0] & 1 and length[earlier] >= length[current]:
+            if (
+                earlier in length
+                and reached >> graph.calls[earlier].outputs[0] & 1
+                and length[earlier] >= length[current]
+            ):
                 length[current], previous[current] = length[earlier] + 1, earlier
     chain: list[int] = []
     step: int | None = max(length, key=length.__getitem__, default=None)

@@ -32,7 +32,7 @@ class Sums:
         self._members = set(self.all)
         self.uses: dict[int, int] = {}
         for index in self.all:
-            for tensor in {c for p in graph.nodes[index].parents[:2] for c in roles.chain(p)}:
+            for tensor in {c for p in graph.nodes[index].parents[:2] for c in roles.like.chain(p)}:
                 self.uses[tensor] = self.uses.get(tensor, 0) + 1
 
     def __contains__(self, index: int) -> bool:
@@ -55,7 +55,10 @@ class Sums:
         node = self._nodes[index]
         alpha = float(node.detail.get("alpha", 1))
         first, other = node.parents[:2]
-        return [Addend(first, scale, index, 0), Addend(other, scale * (-alpha if node.op == "sub" else alpha), index, 1)]
+        return [
+            Addend(first, scale, index, 0),
+            Addend(other, scale * (-alpha if node.op == "sub" else alpha), index, 1),
+        ]
 
     def leaves(self, index: int) -> tuple[list[Addend], frozenset[int]]:
         """Operands of a sum with its partial sums opened, in the order they are written, and those partial sums."""

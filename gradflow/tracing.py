@@ -232,9 +232,7 @@ class Tracer(TorchFunctionMode):
             parents.reverse()
         return tuple(parents[:1] if what.first_only else parents)
 
-    def _record(
-        self, what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs, out: Any
-    ) -> int | None:
+    def _record(self, what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs, out: Any) -> int | None:
         """Put an operation's result into the graph; the node of its (first) tensor."""
         register = self._register
         if isinstance(out, Tensor):

@@ -26,7 +26,7 @@ LEVELS = [
     ],
     [
         "modules register frames attachment observation tracing",
-        "roles ancestry sums paths fused joins naming streams residuals",
+        "likeness roles ancestry sums paths fused joins naming streams residuals",
         "statistics geometry attention",
         "metrics",
         "theory",
@@ -48,7 +48,8 @@ LEVELS = [
         "inventory summary differences report",
         "probing",
         "watch",
-        "console outline",
+        "settings",
+        "handbook console outline",
         "factories",
     ],
     [

@@ -7,9 +7,8 @@ import torch
 import zoo
 import zoo_sequence  # noqa: F401  (registers its traps)
 import zoo_vision  # noqa: F401
-from torch import nn
 
-from gradflow.discovery import discover, find_branches
+from gradflow.discovery import find_branches
 
 
 @pytest.fixture(autouse=True)

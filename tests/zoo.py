@@ -59,7 +59,9 @@ def mlp(i=D, h=16, o=None):
 
 def blocks(function, n=2, **parts):
     """A stem and n blocks with the same forward and parts of their own."""
-    return nn.Sequential(nn.Linear(D, D), *[Net(function, **{k: make() for k, make in parts.items()}) for _ in range(n)])
+    return nn.Sequential(
+        nn.Linear(D, D), *[Net(function, **{k: make() for k, make in parts.items()}) for _ in range(n)]
+    )
 
 
 def vectors(n=4, d=D):
