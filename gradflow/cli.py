@@ -187,10 +187,23 @@ def schema(*, as_json: Json = False) -> None:
 
 
 @app.command()
-def rules(*, as_json: Json = False) -> None:
-    """Print the rules behind the findings, and their thresholds."""
+def rules(
+    *,
+    as_json: Json = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page on findings of the documentation.")
+    ] = False,
+) -> None:
+    """Print the rules behind the findings: thresholds, sources, and how they did on labelled runs.
+
+    Thresholds can be set per project: [tool.gradflow.thresholds] in pyproject.toml, by the keys printed here.
+    """
+    from gradflow import handbook
     from gradflow.rules import RULES
 
+    if markdown:
+        typer.echo(handbook.page(), nl=False)
+        return
     if as_json:
         console.print_json([console.rule_facts(rule) for rule in RULES.values()])
         return
@@ -245,13 +258,18 @@ def _run_model(factory: str, action: Any, subject: factories.Subject) -> Any:
 def _judge(run: Run, *, fail_on: Severity, ignore: Sequence[str], as_json: bool) -> None:
     """Print the findings and exit with status 1 where one is grave enough."""
     from gradflow.rules import RULES
+    from gradflow.settings import settings
 
     unknown = [code for code in ignore if code not in RULES]
     if unknown:
         raise UsageError(
             f"expected codes of findings after --ignore, got {', '.join(unknown)}; known: {', '.join(RULES)}"
         )
-    findings: list[Finding] = [finding for finding in gradflow.diagnose(run) if finding.code not in ignore]
+    chosen = settings()
+    left_out = {*ignore, *chosen.ignore}
+    findings: list[Finding] = [
+        finding for finding in gradflow.diagnose(run, thresholds=chosen.thresholds) if finding.code not in left_out
+    ]
     order = list(Severity)
     failed = any(order.index(Severity(finding.severity)) <= order.index(fail_on) for finding in findings)
     if as_json:
@@ -259,6 +277,8 @@ def _judge(run: Run, *, fail_on: Severity, ignore: Sequence[str], as_json: bool)
             {"run": run.path, "steps": run.steps, "failed": failed, "findings": findings, "problems": run.problems}
         )
     else:
+        if chosen.path is not None:
+            console.say(f"note: settings of {chosen.path} apply", error=True)
         console.print_findings(findings)
         console.say(console.verdict(run, findings))
     if failed:

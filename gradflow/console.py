@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradflow import manifest
+from gradflow import handbook, manifest
 from gradflow.metrics import DERIVED
 from gradflow.schema import TABLES
 
@@ -97,8 +97,12 @@ def _count(number: int, thing: str, ending: str = "s") -> str:
 
 
 def rule_facts(rule: Rule) -> dict[str, Any]:
-    """Return what a rule says of itself."""
-    return {item.name: getattr(rule, item.name) for item in fields(rule) if item.name != "check"}
+    """Return what a rule says of itself, and how it did on the labelled zoo."""
+    facts = {item.name: getattr(rule, item.name) for item in fields(rule) if item.name != "check"}
+    thresholds = [
+        {"key": t.key, "name": t.name, "value": t.value, "unit": t.unit, "origin": t.origin} for t in rule.thresholds
+    ]
+    return {**facts, "thresholds": thresholds, "record": handbook.records().get(rule.code)}
 
 
 def print_rule(rule: Rule) -> None:
@@ -107,8 +111,9 @@ def print_rule(rule: Rule) -> None:
     print_facts(
         ("says", rule.says),
         ("when", rule.criterion),
-        *(("threshold", f"{t.name} = {number(t.value)} {t.unit}: {t.origin}") for t in rule.thresholds),
+        *(("threshold", f"{t.key} = {number(t.value)} {t.unit}, {t.name}: {t.origin}") for t in rule.thresholds),
         ("source", rule.source),
+        ("record", handbook.told(rule.code)),
     )
 
 

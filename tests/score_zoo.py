@@ -23,7 +23,10 @@ HERE = Path(__file__).parent
 def judge(words):
     """Judge the runs; one that cannot be trained is told and counts as missed."""
     sick, healthy = [], []
-    for kind, names, function, into in (("sick", SICK, zoo_runs.judge_sick, sick), ("healthy", HEALTHY, zoo_runs.judge_healthy, healthy)):
+    for kind, names, function, into in (
+        ("sick", SICK, zoo_runs.judge_sick, sick),
+        ("healthy", HEALTHY, zoo_runs.judge_healthy, healthy),
+    ):
         for name in names:
             if words and not any(word in f"{kind}/{name}" for word in words):
                 continue
@@ -45,10 +48,21 @@ def line(judged):
         return f"{'ok  ' if not alarms else 'BAD '} healthy/{judged.name}: {told}  loss {judged.losses}"
     marks = "".join(
         mark if good else "-" if good is not None else " "
-        for mark, good in (("F", judged.found), ("P", judged.placed), ("D", judged.dated), ("p", judged.proved), ("r", judged.remedied), ("C", judged.cured))
+        for mark, good in (
+            ("F", judged.found),
+            ("P", judged.placed),
+            ("D", judged.dated),
+            ("p", judged.proved),
+            ("r", judged.remedied),
+            ("C", judged.cured),
+        )
     )
     good = judged.found and judged.placed and judged.proved and not judged.false and judged.cured is not False
-    cure = "" if judged.cured is not False else f" | CURE {judged.losses} left {[f.code for f in judged.cure_findings]} remedy: {[f.remedy for f in judged.findings if f.code == judged.code]}"
+    cure = (
+        ""
+        if judged.cured is not False
+        else f" | CURE {judged.losses} left {[f.code for f in judged.cure_findings]} remedy: {[f.remedy for f in judged.findings if f.code == judged.code]}"
+    )
     return f"{'ok  ' if good else 'BAD '} {marks} sick/{judged.name} [{judged.code}, {judged.figure:.3g}]: {told}{cure}"
 
 

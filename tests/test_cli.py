@@ -190,13 +190,13 @@ def test_a_mistyped_code_to_ignore_is_an_error(gf, sick):
     ],
 )  # fmt: skip
 def test_the_status_depends_on_the_gravest_finding(gf, healthy, monkeypatch, severity, fail_on, status):
-    monkeypatch.setattr(gradflow, "diagnose", lambda run: [finding(severity)])
+    monkeypatch.setattr(gradflow, "diagnose", lambda run, **_: [finding(severity)])
     assert gf("check", healthy, "--fail-on", fail_on)[0] == status
 
 
 def test_check_as_json_is_strict_json(gf, healthy, monkeypatch):
     odd = finding("warning", evidence={"nan": float("nan"), "many": (1, 2.5), "text": "√"}, where=("a\x1b[31m", "b"))
-    monkeypatch.setattr(gradflow, "diagnose", lambda run: [odd])
+    monkeypatch.setattr(gradflow, "diagnose", lambda run, **_: [odd])
     status, out, _ = gf("check", healthy, "--json")
     assert status == 1
     result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -208,7 +208,7 @@ def test_check_as_json_is_strict_json(gf, healthy, monkeypatch):
 
 def test_names_cannot_steer_the_terminal(gf, healthy, monkeypatch):
     odd = finding("warning", where=("\x1b[2J\x1b[31mred", "a\nb", "[bold]x[/bold]", "d", "e"), claim="\x07bell")
-    monkeypatch.setattr(gradflow, "diagnose", lambda run: [odd])
+    monkeypatch.setattr(gradflow, "diagnose", lambda run, **_: [odd])
     _, out, _ = gf("check", healthy)
     assert "\x1b" not in out
     assert "\x07" not in out

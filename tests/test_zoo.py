@@ -9,7 +9,14 @@ from zoo_table import page, record, summary
 
 from gradflow.rules import RULES
 
-QUICK_SICK = ["sigmoid-mlp-8", "dead-mlp", "residual-detached", "large-init-tanh-less", "group-without-rate", "division-by-spread"]
+QUICK_SICK = [
+    "sigmoid-mlp-8",
+    "dead-mlp",
+    "residual-detached",
+    "large-init-tanh-less",
+    "group-without-rate",
+    "division-by-spread",
+]
 QUICK_HEALTHY = ["mlp-relu", "mlp-he-momentum", "residual-rezero", "residual-batch-of-two", "ten-steps"]
 
 

@@ -32,7 +32,8 @@ _mom = {"optimizer": SGD, "options": {"momentum": 0.9}}
 
 
 def _distilled(model, batch):
-    return classify(model, batch) + model.distance
+    out = model(batch[0])
+    return F.cross_entropy(out, batch[1]) + model.distance(batch[0], out)
 
 
 def _contrast(model, batch):

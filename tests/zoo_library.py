@@ -61,11 +61,13 @@ class Student(nn.Module):
         self.student, self.teacher = ResidualNet(4), ResidualNet(6).requires_grad_(False)
 
     def forward(self, x):
+        return self.student(x)
+
+    def distance(self, x, out):
+        """Mean square distance of the student's output from the teacher's."""
         with torch.no_grad():
             wish = self.teacher(x)
-        out = self.student(x)
-        self.distance = (out - wish).pow(2).mean()
-        return out
+        return (out - wish).pow(2).mean()
 
 
 class Contrast(nn.Module):
@@ -73,7 +75,10 @@ class Contrast(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.predictor = ResidualNet(4, classes=16), nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.body, self.predictor = (
+            ResidualNet(4, classes=16),
+            nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)),
+        )
 
     def forward(self, x):
         a, b = self.body(x + 0.1 * torch.randn_like(x)), self.body(x + 0.1 * torch.randn_like(x))
@@ -90,7 +95,8 @@ class Routed(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(depth))
         self.routers = nn.ModuleList(nn.Linear(D, experts) for _ in range(depth))
         self.experts = nn.ModuleList(
-            nn.ModuleList(nn.Sequential(nn.Linear(D, 64), nn.ReLU(), nn.Linear(64, D)) for _ in range(experts)) for _ in range(depth)
+            nn.ModuleList(nn.Sequential(nn.Linear(D, 64), nn.ReLU(), nn.Linear(64, D)) for _ in range(experts))
+            for _ in range(depth)
         )
 
     def forward(self, x):

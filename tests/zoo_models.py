@@ -105,12 +105,15 @@ def mlp(depth, act=nn.ReLU, *, width=48, inputs=64, classes=10, init=None, norm=
 class Plain(nn.Module):
     """A list of hidden layers called in a loop, optionally with residual connections and norms around them."""
 
-    def __init__(self, depth, act=torch.relu, *, width=48, inputs=64, classes=10, init=None, residual=False, batchnorm=False):
+    def __init__(
+        self, depth, act=torch.relu, *, width=48, inputs=64, classes=10, init=None, residual=False, batchnorm=False
+    ):
         super().__init__()
         self.entry = nn.Linear(inputs, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.norms = nn.ModuleList(
-            nn.BatchNorm1d(width) if batchnorm else nn.LayerNorm(width) if residual else nn.Identity() for _ in range(depth)
+            nn.BatchNorm1d(width) if batchnorm else nn.LayerNorm(width) if residual else nn.Identity()
+            for _ in range(depth)
         )
         self.exit, self.act, self.residual = nn.Linear(width, classes), act, residual
         if init:
@@ -119,14 +122,28 @@ class Plain(nn.Module):
     def forward(self, x):
         x = self.act(self.entry(x))
         for layer, norm in zip(self.hidden, self.norms, strict=True):
-            x = x + self.act(layer(norm(x))) if self.residual else self.act(norm(layer(x)))
+            x = x + layer(self.act(norm(x))) if self.residual else self.act(norm(layer(x)))
         return self.exit(x)
 
 
 class Cell(nn.Module):
     """skip · x + gate · factor · f(norm(x)), f two linear maps with GELU between."""
 
-    def __init__(self, width, *, norm=True, gate=None, zero=False, factor=1.0, cut=False, skip=1.0, drop=0.0, act=F.gelu, post=False, init=None):
+    def __init__(
+        self,
+        width,
+        *,
+        norm=True,
+        gate=None,
+        zero=False,
+        factor=1.0,
+        cut=False,
+        skip=1.0,
+        drop=0.0,
+        act=F.gelu,
+        post=False,
+        init=None,
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
         self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
@@ -237,8 +254,22 @@ class ConvNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def stack_of_convolutions(depth, *, c=16, act=nn.ReLU, init=None, norm=False):
-    """A plain VGG-like stack."""
+class Around(nn.Module):
+    """x + conv(act(norm(x))): a residual connection around a convolution."""
+
+    def __init__(self, c, act):
+        super().__init__()
+        self.norm, self.act, self.conv = nn.GroupNorm(4, c), act(), nn.Conv2d(c, c, 3, 1, 1)
+
+    def forward(self, x):
+        return x + self.conv(self.act(self.norm(x)))
+
+
+def stack_of_convolutions(depth, *, c=16, act=nn.ReLU, init=None, norm=False, residual=False):
+    """A plain VGG-like stack, or one with residual connections."""
+    if residual:
+        around = [Around(c, act) for _ in range(depth - 1)]
+        return nn.Sequential(nn.Conv2d(1, c, 3, 1, 1), *around, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
     layers, fan = [], 1
     for _ in range(depth):
         layers += [nn.Conv2d(fan, c, 3, 1, 1), *([nn.BatchNorm2d(c)] if norm else []), act()]
@@ -254,7 +285,9 @@ class MixerNet(nn.Module):
         super().__init__()
         self.embed = nn.Linear(8, width)
         self.tokens = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(depth))
-        self.channels = nn.ModuleList(nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width)) for _ in range(depth))
+        self.channels = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width)) for _ in range(depth)
+        )
         self.n1, self.n2 = (nn.ModuleList(nn.LayerNorm(width) for _ in range(depth)) for _ in range(2))
         self.fc = nn.Linear(width, 10)
 

@@ -92,7 +92,9 @@ def no_gradient(prefix, cell):
         inside = [p.grad for n, p in watch.model.named_parameters() if n.startswith(prefix) and p.requires_grad]
         others = [p.grad for n, p in watch.model.named_parameters() if not n.startswith(prefix) and p.grad is not None]
         none = all(g is None or not g.any() for g in inside)
-        return float(rms(watch.outputs[cell])), bool(inside) and none and any(g.any() for g in others) and rms(watch.outputs[cell]) > 0
+        return float(rms(watch.outputs[cell])), bool(inside) and none and any(g.any() for g in others) and rms(
+            watch.outputs[cell]
+        ) > 0
 
     return proof
 
@@ -102,7 +104,11 @@ def unmoved(word):
 
     def proof(trained):
         before = dict(trained.initial.named_parameters())
-        moved = {n: float((p - before[n]).detach().abs().max()) for n, p in trained.model.named_parameters() if p.requires_grad}
+        moved = {
+            n: float((p - before[n]).detach().abs().max())
+            for n, p in trained.model.named_parameters()
+            if p.requires_grad
+        }
         inside = [v for n, v in moved.items() if word in n]
         return max(inside), max(inside) == 0 and max(moved.values()) > 0
 
@@ -206,7 +212,11 @@ def broke(step, *, backward=False):
     """First step with a loss, or a gradient, that is not finite."""
 
     def proof(trained):
-        bad = [i for i, (l, g) in enumerate(zip(trained.losses, trained.norms, strict=True)) if not math.isfinite(g if backward else l)]
+        bad = [
+            i
+            for i, (l, g) in enumerate(zip(trained.losses, trained.norms, strict=True))
+            if not math.isfinite(g if backward else l)
+        ]
         fine = backward is False or math.isfinite(trained.losses[step])
         return (bad[0] if bad else -1), bool(bad) and bad[0] == step and fine
 

@@ -68,7 +68,10 @@ def _without(word):
 def _split(word, lr):
     def groups(model):
         named = list(model.named_parameters())
-        return [{"params": [p for n, p in named if word not in n]}, {"params": [p for n, p in named if word in n], "lr": lr}]
+        return [
+            {"params": [p for n, p in named if word not in n]},
+            {"params": [p for n, p in named if word in n], "lr": lr},
+        ]
 
     return groups
 
@@ -120,11 +123,11 @@ DEPTH = {
     ),
     "deep-cnn-default": Case(
         "vanishing-gradient", r".", Setup(lambda: stack_of_convolutions(14), pictures, optimizer=SGD, lr=0.02, steps=80),
-        proof.gradient("0", "26", below=2e-3), "kaiming", {"model": lambda: stack_of_convolutions(14, init=he)}, ("signal-collapse",),
+        proof.gradient("0", "26", below=2e-3), "residual", {"model": lambda: stack_of_convolutions(14, residual=True)}, ("signal-collapse",),
     ),
     "leaking-skip": Case(
-        "vanishing-gradient", r"cells|inlet", Setup(lambda: ResidualNet(14, skip=0.4, factor=0.1), digits, optimizer=SGD, lr=0.02),
-        proof.gradient("inlet", "cells.13", below=1e-3), "skip pass unchanged", {"model": lambda: ResidualNet(14, factor=0.1)},
+        "vanishing-gradient", r"cells|inlet", Setup(lambda: ResidualNet(14, norm=False, skip=0.4, factor=0.2), digits, optimizer=SGD, lr=0.05),
+        proof.gradient("inlet", "cells.13", below=1e-3), "skip pass unchanged", {"model": lambda: ResidualNet(14, norm=False, factor=0.2)},
     ),
     "small-tanh-loop": Case(
         "vanishing-gradient", r".", Setup(lambda: Plain(10, torch.tanh, init=gaussian(0.05)), digits, optimizer=SGD, lr=0.05),
@@ -132,8 +135,8 @@ DEPTH = {
         {"model": lambda: Plain(10, torch.tanh, init=gaussian(0.05), residual=True)}, ("signal-collapse",),
     ),
     "batchnorm-stack-50": Case(
-        "exploding-gradient", r".", Setup(lambda: Plain(50, batchnorm=True), digits, steps=24, every=8, lr=1e-4),
-        proof.gradient("entry", "hidden.49", above=100, initial=True), "residual", {"model": lambda: Plain(50, residual=True)},
+        "exploding-gradient", r".", Setup(lambda: Plain(50, batchnorm=True), digits, steps=60, every=12, lr=3e-4),
+        proof.gradient("entry", "hidden.49", above=100, initial=True), "residual", {"model": lambda: Plain(50, batchnorm=True, residual=True)},
     ),
     "large-init-cnn": Case(
         "exploding-gradient", r".", Setup(lambda: stack_of_convolutions(12, init=gaussian(0.35)), pictures, lr=1e-5, steps=60),
@@ -152,8 +155,8 @@ DEPTH = {
         proof.signal("encoder.blocks.0", "encoder.blocks.9", above=1e2), "[Nn]ormalise", {"model": lambda: transformer(10, norm="pre")}, ("exploding-gradient",),
     ),
     "residual-without-norms": Case(
-        "signal-explosion", r"cells", _res.but(model=lambda: ResidualNet(14, norm=False, init=he, act=torch.relu), lr=1e-5, steps=60),
-        proof.signal("cells.0", "cells.13", above=1e2), "[Nn]ormalise", {"model": lambda: ResidualNet(14, init=he, act=torch.relu)}, ("exploding-gradient",),
+        "signal-explosion", r"cells", _res.but(model=lambda: ResidualNet(14, norm=False, init=he, act=torch.relu, final=False), lr=1e-5, steps=60),
+        proof.signal("cells.0", "cells.13", above=1e2), "[Nn]ormalise", {"model": lambda: ResidualNet(14, init=he, act=torch.relu, final=False)}, ("exploding-gradient",),
     ),
     "small-init-mlp": Case(
         "signal-collapse", r".", Setup(lambda: mlp(9, init=gaussian(0.05)), digits, optimizer=SGD, lr=0.02),

@@ -68,11 +68,11 @@ def _negative_log(eps):
 
 NUMBERS = {
     "spiky-residual": Case(
-        "gradient-spike", r"loss", _res.but(corrupt=_louder(60, 400.0), every=10, optimizer=SGD, lr=0.05, model=lambda: ResidualNet(4, norm=False, final=False, factor=0.3)),
-        proof.spiked(60, above=20), "[Cc]lip", {"clip": 1.0}, since=60, also=("update-too-large", "exploding-gradient"),
+        "gradient-spike", r".", _res.but(corrupt=_louder(60, 20.0), every=10, model=lambda: ResidualNet(4, norm=False, final=False, factor=0.3), steps=120),
+        proof.spiked(60, above=20), "[Cc]lip", {"clip": 1.0}, since=60,
     ),
     "spiky-regression": Case(
-        "gradient-spike", r"loss", Setup(lambda: mlp(3, inputs=8, classes=1), waves, loss=square, corrupt=lambda s, b: (b[0], b[1] + 300) if s == 80 else b, every=10, optimizer=SGD, lr=0.02, steps=120),
+        "gradient-spike", r".", Setup(lambda: mlp(3, inputs=8, classes=1), waves, loss=square, corrupt=lambda s, b: (b[0], b[1] + 60) if s == 80 else b, every=10, optimizer=SGD, lr=0.02, steps=120),
         proof.spiked(80, above=20), "[Cc]lip", {"clip": 1.0}, since=80,
     ),
     "log-of-negative": Case(

@@ -56,23 +56,35 @@ def summary(sick, healthy):
     ]
     for peer in PEERS:
         found, alarmed = peer_scores(peer, sick, healthy)
-        lines.append(f"{peer:<27} recall {share(found, s['sick'])}, healthy runs with an alarm {share(alarmed, s['healthy'])}")
+        lines.append(
+            f"{peer:<27} recall {share(found, s['sick'])}, healthy runs with an alarm {share(alarmed, s['healthy'])}"
+        )
     return "\n".join(lines)
 
 
+def _empty():
+    return {"sick": 0, "found": 0, "placed": 0, "cures": 0, "cured": 0, "false": 0, "example": None}
+
+
 def record(sick, healthy):
-    """What `gradflow rules` tells of each rule's record on the zoo."""
+    """What `gradflow rules` tells of each rule's record on the zoo, with one finding as an example."""
     codes = {}
     for judged in sick:
-        entry = codes.setdefault(judged.code, {"sick": 0, "found": 0, "placed": 0, "cures": 0, "cured": 0, "false": 0})
+        entry = codes.setdefault(judged.code, _empty())
         entry["sick"] += 1
         entry["found"] += judged.found
         entry["placed"] += judged.placed
         entry["cures"] += judged.cured is not None
         entry["cured"] += bool(judged.cured)
+        hits = [f for f in judged.findings if f.code == judged.code]
+        if entry["example"] is None and judged.found and judged.placed:
+            entry["example"] = {
+                "run": judged.name,
+                **{key: getattr(hits[0], key) for key in ("claim", "why", "remedy", "remedy_2")},
+            }
     for judged in [*sick, *healthy]:
         for code in judged.false:
-            codes.setdefault(code, {"sick": 0, "found": 0, "placed": 0, "cures": 0, "cured": 0, "false": 0})["false"] += 1
+            codes.setdefault(code, _empty())["false"] += 1
     return {"healthy": len(healthy), "rules": dict(sorted(codes.items()))}
 
 

@@ -88,7 +88,9 @@ def root() -> Path:
     return Path(os.environ.get("ZOO_RUNS") or Path(tempfile.gettempdir()) / "gradflow-zoo")
 
 
-def train(name: str, setup: Setup, proof: Callable[[Trained], tuple[float, bool]] | None = None) -> tuple[Any, dict[str, Any]]:
+def train(
+    name: str, setup: Setup, proof: Callable[[Trained], tuple[float, bool]] | None = None
+) -> tuple[Any, dict[str, Any]]:
     """The run of a setup and what was measured of it beside, from disk where they are there already."""
     folder = root() / name
     if not (folder / "result.json").exists():
@@ -125,7 +127,13 @@ def _loop(folder: Path, trained: Trained, generator: torch.Generator) -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=setup.scaler)
     info = {"precision": setup.precision} if setup.precision else None
     recorder = gradflow.Recorder(
-        model, opt, folder / "run", every_n_steps=setup.every, strict=True, info=info, scaler=scaler if setup.scaler else None
+        model,
+        opt,
+        folder / "run",
+        every_n_steps=setup.every,
+        strict=True,
+        info=info,
+        scaler=scaler if setup.scaler else None,
     )
     for step in range(setup.steps + 1):
         factor = min(1.0, (step + 1) / setup.warmup) if setup.warmup else 1.0
@@ -173,7 +181,11 @@ def _moved(last: dict[str, torch.Tensor], model: nn.Module) -> float:
 def evaluate(model: nn.Module, setup: Setup, batches: list[Any]) -> float:
     """Mean loss of a model on held-out batches, without gradients; infinite where it is not a number."""
     model = copy.deepcopy(model)
-    with torch.no_grad(), torch.random.fork_rng(), torch.autocast("cpu", dtype=setup.autocast, enabled=setup.autocast is not None):
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        torch.autocast("cpu", dtype=setup.autocast, enabled=setup.autocast is not None),
+    ):
         torch.manual_seed(7)
         values = [float(setup.loss(model, batch)) for batch in batches]
     mean = sum(values) / len(values)

@@ -25,9 +25,11 @@ from gradflow.rules import (
     units,
     updates,
 )
-from gradflow.rules.registry import Rule, Threshold
+from gradflow.rules.registry import Rule, Threshold, chosen
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gradflow.records import Finding
     from gradflow.store import Run
 
@@ -62,13 +64,18 @@ RULES: dict[str, Rule] = {
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
-def diagnose(run: Run) -> list[Finding]:
+def diagnose(run: Run, *, thresholds: Mapping[str, float] | None = None) -> list[Finding]:
     """Return everything that is wrong with a run, or worth knowing, the most severe and then the earliest first.
 
     An empty run has no findings; neither, as a rule, has a healthy one at warning or error.
+
+    Args:
+        run: The run.
+        thresholds: Values by `Threshold.key` that take the place of the rules' own.
     """
     view = faults.view_of(run)
-    findings = [finding for rule in RULES.values() for finding in rule.judge(view)]
+    with chosen(thresholds):
+        findings = [finding for rule in RULES.values() for finding in rule.judge(view)]
     return sorted(
         grouping.grouped(findings), key=lambda finding: (_ORDER[finding.severity], finding.steps[0], finding.code)
     )

@@ -15,12 +15,30 @@ from gradflow.rules.view import lasting, settled, spell
 if TYPE_CHECKING:
     from gradflow.rules.view import View
 
-ENTROPY = Threshold("entropy over ln(keys), mean over a layer's heads", 0.1, "1", "trained layers stay above 0.2")
-SHARP = Threshold("largest logit of such a layer", 30.0, "1", "the weight of the second key is then under 1e-13")
-GROWN = Threshold(
-    "largest logit", 50.0, "1", "Dehghani et al. 2023 saw divergence beyond; healthy layers stay under 30"
+ENTROPY = Threshold(
+    "attention-entropy-collapse.entropy",
+    "entropy over ln(keys), mean over a layer's heads",
+    0.1,
+    "1",
+    "trained layers stay above 0.2",
 )
-RUNAWAY = Threshold("largest logit, error", 1e4, "1", "softmax is one-hot in every precision")
+SHARP = Threshold(
+    "attention-entropy-collapse.logit",
+    "largest logit of such a layer",
+    30.0,
+    "1",
+    "the weight of the second key is then under 1e-13",
+)
+GROWN = Threshold(
+    "attention-logit-growth.logit",
+    "largest logit",
+    50.0,
+    "1",
+    "Dehghani et al. 2023 saw divergence beyond; healthy layers stay under 30",
+)
+RUNAWAY = Threshold(
+    "attention-logit-growth.error", "largest logit, error", 1e4, "1", "softmax is one-hot in every precision"
+)
 GREW = 3.0
 """Times its first value that a logit has grown by to be running away."""
 LEAST_KEYS = 4

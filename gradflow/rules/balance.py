@@ -19,18 +19,40 @@ if TYPE_CHECKING:
     from gradflow.rules.view import Bools, Floats, View
 
 DROWNS = Threshold(
-    "branch over skip beyond the first block", 3.0, "1", "theory gives 1/√l; trained branches stay under 2"
+    "dominant-branch.ratio",
+    "branch over skip beyond the first block",
+    3.0,
+    "1",
+    "theory gives 1/√l; trained branches stay under 2",
 )
-OUTLIES = Threshold("the same over the median of the others", 5.0, "1", "one branch, not a scale that all share")
-INERT = Threshold("cosine between a join's skip and its output", 0.9995, "1", "branch over skip under 0.03")
+OUTLIES = Threshold(
+    "dominant-branch.outlier",
+    "the same over the median of the others",
+    5.0,
+    "1",
+    "one branch, not a scale that all share",
+)
+INERT = Threshold(
+    "inert-depth.cosine", "cosine between a join's skip and its output", 0.9995, "1", "branch over skip under 0.03"
+)
 NEARLY_INERT = Threshold(
-    "the same, for a note", 0.995, "1", "branch over skip under 0.1: pre-norm reaches it at 100 joins"
+    "inert-depth.note",
+    "the same, for a note",
+    0.995,
+    "1",
+    "branch over skip under 0.1: pre-norm reaches it at 100 joins",
 )
 PATIENCE = 300
 """Steps after which branches that are still this small count as inert; 1,000 for those that started at zero."""
 STARTED = 1e-3
 """Branch over skip at the first sampled step under which a branch was started at or near zero."""
-MASSIVE = Threshold("largest over median element", 1000.0, "1", "Sun et al. 2024 call 1,000 times the median massive")
+MASSIVE = Threshold(
+    "massive-activation.ratio",
+    "largest over median element",
+    1000.0,
+    "1",
+    "Sun et al. 2024 call 1,000 times the median massive",
+)
 
 
 def _identity(view: View) -> tuple[Bools, NDArray[np.int64]]:

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     from gradflow.rules.view import Bools, View
 
 ZERO = Threshold(
+    "blocked-gradient.zero",
     "gradient energy through the branch over what its signal predicts", 1e-10, "1", "float32 rounding of a zero"
 )  # fmt: skip
 LIVE = 1e-3
 """Branch over skip from which a branch counts as live."""
 SHARE = Threshold(
-    "trainable weights without gradient", 0.01, "1", "below it: mask tokens and the like, unused on purpose"
+    "frozen-parameter.share",
+    "trainable weights without gradient",
+    0.01,
+    "1",
+    "below it: mask tokens and the like, unused on purpose",
 )
 EXPECTED_UNUSED = ("pooler", "expert", "mask_token", "masked_spec")
 WHY_BLOCKED = (

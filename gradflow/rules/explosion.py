@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from gradflow.rules.view import Floats, View
 
 EXPLODED = Threshold(
-    "gradient at the first point over the last, over theory", 100.0, "1",
+    "exploding-gradient.depth", "gradient at the first point over the last, over theory", 100.0, "1",
     "healthy plain stacks with norms reach 9, pre-norm ones stay within a factor 3 of theory",
 )  # fmt: skip
 OUTGROWN = Threshold(
-    "global gradient norm over the running median of its past", 100.0, "1",
+    "exploding-gradient.time", "global gradient norm over the running median of its past", 100.0, "1",
     "healthy runs stay within a factor 10 of it once warm; sustained, and with a loss that got worse",
 )  # fmt: skip
 SPIKE = Threshold(
-    "the same at a single step, then back", 20.0, "1", "10 alarms on healthy first steps; twice that does not"
+    "gradient-spike.ratio",
+    "the same at a single step, then back",
+    20.0,
+    "1",
+    "10 alarms on healthy first steps; twice that does not",
 )
 PAST = 20
 """Sampled steps that a running median looks back on."""
@@ -182,6 +186,20 @@ def _in_time(view: View) -> list[Finding]:
     ]
 
 
+def _tamed(view: View, step: int) -> bool:
+    """Whether the weights moved as usual at a step and at the sampled ones after it, as under gradient clipping.
+
+    Without clipping SGD moves in proportion to the spike, and Adam three times as far and then, its second moment
+    being full, hardly at all.
+    """
+    grid = view.grid("parameters")
+    with_size = np.sqrt(grid["update_sq"])
+    before, after = median(with_size[grid.steps < step]), median(with_size[grid.steps > step][:3])
+    there = median(with_size[grid.steps == step])
+    moved = [float(median(values / before)) for values in (there, after)]
+    return moved[0] < 1.5 and moved[1] > 0.3
+
+
 def spikes(view: View) -> list[Finding]:
     """Find single steps whose global norm stands far out of what came before and of the start of training."""
     norm, loss = view.series("grad_norm"), view.series("loss")
@@ -194,17 +212,19 @@ def spikes(view: View) -> list[Finding]:
         return []
     worst = max(lone, key=lambda i: float(norm[i] / usual[i]))
     times = float(norm[worst] / usual[worst])
+    tamed = _tamed(view, int(view.steps[worst]))
     lifted = float(loss[worst]) > 1.5 * float(running_median(loss)[worst])
     return [
         Finding(
             code="gradient-spike",
-            severity="warning" if lifted or times > 5 * SPIKE.value else "info",
+            severity="warning" if not tamed and (lifted or times > 5 * SPIKE.value) else "info",
             where=_risen(view, int(view.steps[worst]), int(view.steps[worst])),
             steps=(int(view.steps[lone[0]]), int(view.steps[lone[-1]])),
             claim=(
                 f"At step {int(view.steps[worst])} the global gradient norm was {number(float(norm[worst]))}, "
                 f"{number(times)} times the median before, and came back at the next sampled step"
-                f"{'; the loss jumped with it' if lifted else ''}."
+                f"{'; the loss jumped with it' if lifted else ''}"
+                f"{'; the updates did not: clipping held it' if tamed else ''}."
             ),
             evidence={
                 "quantity": "global gradient norm over its running median",
@@ -246,7 +266,8 @@ SPIKES: Rule = Rule(
     severities=("warning", "info"),
     criterion=(
         "From step 10 on, a global norm above the threshold times the median of the 20 sampled steps before and 5 "
-        "times that of the first steps, back to a fifth at the next sampled step; a warning if the loss jumped too."
+        "times that of the first steps, back to a fifth at the next sampled step; a warning if the loss jumped too; "
+        "info if updates stayed as usual."
     ),
     thresholds=(SPIKE,),
     source="Takase et al. 2023, Spike No More, arXiv:2312.16903",

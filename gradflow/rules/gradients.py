@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from gradflow.rules.view import Floats, View
 
 VANISHED = Threshold(
-    "gradient left at the first point, over theory", 1e-2, "1",
+    "vanishing-gradient.left", "gradient left at the first point, over theory", 1e-2, "1",
     "an eighth of what the worst healthy stack of 31 kept (0.08, post-norm, 12 blocks, before it left its plateau)",
 )  # fmt: skip
 VANISHED_ALIGNED = Threshold(
-    "the same where tokens have become equal", 0.1, "1",
+    "vanishing-gradient.left-aligned", "the same where tokens have become equal", 0.1, "1",
     "two signals agree: with token cosine above 0.99 the gradient of what tokens differ by has nowhere to go",
 )  # fmt: skip
 ALIGNED = 0.99

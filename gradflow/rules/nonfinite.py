@@ -141,7 +141,7 @@ RULE: Rule = Rule(
         "(gradients only, on at most half of the steps since) are none; infinities that leave loss and gradients "
         "finite are info."
     ),
-    thresholds=(Threshold("non-finite elements", 0, "elements", "a finite computation has none"),),
+    thresholds=(Threshold("nonfinite.count", "non-finite elements", 0, "elements", "a finite computation has none"),),
     source="Micikevicius et al. 2018, Mixed Precision Training, arXiv:1710.03740",
     check=check,
 )

@@ -15,8 +15,20 @@ from gradflow.rules.view import lasting, median, settled, window
 if TYPE_CHECKING:
     from gradflow.rules.view import Floats, View
 
-EPSILON = Threshold("gradient RMS over the optimizer's eps", 1.0, "1", "Adam's step is halved where √v equals eps")
-UNDERFLOW = Threshold("exact zeros in a weight gradient", 0.5, "1", "dense weights have none unless units are dead")
+EPSILON = Threshold(
+    "below-epsilon.ratio",
+    "gradient RMS over the optimizer's eps",
+    1.0,
+    "1",
+    "Adam's step is halved where √v equals eps",
+)
+UNDERFLOW = Threshold(
+    "gradient-underflow.zeros",
+    "exact zeros in a weight gradient",
+    0.5,
+    "1",
+    "dense weights have none unless units are dead",
+)
 FP16_SMALLEST = 2.0**-24
 """Smallest positive half-precision number, 6e-8: anything under half of it becomes 0."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +14,7 @@ from gradflow.rules import faults
 from gradflow.rules.texts import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from gradflow.records import Finding, Severity
     from gradflow.rules.view import View
@@ -20,12 +23,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """A number that a rule compares with: `origin` says where it comes from."""
+    """A number that a rule compares with.
 
+    Attributes:
+        key: By which a project sets it, `<code>.<what>`.
+        name: Of the quantity.
+        default: The number, unless it is set.
+        unit: Of the quantity.
+        origin: Where the number comes from.
+    """
+
+    key: str
     name: str
-    value: float
+    default: float
     unit: str
     origin: str
+
+    @property
+    def value(self) -> float:
+        """The number in force: what was set with `chosen`, else the default."""
+        return _CHOSEN.get().get(self.key, self.default)
+
+
+_CHOSEN: ContextVar[Mapping[str, float]] = ContextVar("thresholds", default=MappingProxyType({}))
+
+
+@contextmanager
+def chosen(thresholds: Mapping[str, float] | None) -> Iterator[None]:
+    """Inside, the thresholds with these keys have these values."""
+    token = _CHOSEN.set(thresholds or {})
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,20 +19,36 @@ if TYPE_CHECKING:
 
 LEAST_DEPTH = 6
 GROWTH = Threshold(
-    "growth of the variance a point, in the deeper half", 0.2, "nat",
+    "signal-explosion.growth", "growth of the variance a point, in the deeper half", 0.2, "nat",
     "between pre-norm's ln((l+1)/l), which falls with depth, and ln 2 of an un-normalised residual stack",
 )  # fmt: skip
 TOTAL_GROWTH = Threshold(
-    "growth of the variance over the whole depth", 50.0, "1", "a pre-norm stream of 24 joins reaches 25 (1 + L)"
+    "signal-explosion.total",
+    "growth of the variance over the whole depth",
+    50.0,
+    "1",
+    "a pre-norm stream of 24 joins reaches 25 (1 + L)",
 )
 SHRINK = Threshold(
-    "gain of the variance a layer", 0.9, "1", "He initialisation gives 1; the usual wrong ones 1/2 and 1/6"
+    "signal-collapse.gain",
+    "gain of the variance a layer",
+    0.9,
+    "1",
+    "He initialisation gives 1; the usual wrong ones 1/2 and 1/6",
 )
 TOTAL_SHRINK = Threshold(
-    "variance left after the whole depth", 1e-2, "1", "a tenth of the amplitude: below it biases outweigh the signal"
+    "signal-collapse.total",
+    "variance left after the whole depth",
+    1e-2,
+    "1",
+    "a tenth of the amplitude: below it biases outweigh the signal",
 )
 OUTGROWN = Threshold(
-    "growth of the stream's size since the first step", 100.0, "1", "healthy streams grow 2 to 10 times"
+    "signal-explosion.time",
+    "growth of the stream's size since the first step",
+    100.0,
+    "1",
+    "healthy streams grow 2 to 10 times",
 )
 
 

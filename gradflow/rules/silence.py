@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from gradflow.rules.view import Floats, View
 
 SILENT = Threshold(
-    "branch over skip", 1e-3, "1", "a thousandth of the stream; healthy trained branches stay above 1e-2"
+    "silent-branch.ratio",
+    "branch over skip",
+    1e-3,
+    "1",
+    "a thousandth of the stream; healthy trained branches stay above 1e-2",
 )
 PATIENCE = Threshold(
-    "steps that a branch started at or near zero may take", 1000, "step",
+    "silent-branch.patience", "steps that a branch started at or near zero may take", 1000, "step",
     "ReZero, LayerScale and zero-initialised last layers grow past it within a few hundred steps",
 )  # fmt: skip
 STILL = 20

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from gradflow.rules.view import Floats, View
 
 ALIGNED = Threshold(
-    "token cosine at the end of the stream", 0.999, "1",
+    "rank-collapse.cosine", "token cosine at the end of the stream", 0.999, "1",
     "healthy stacks at initialisation: 0.97 post-norm and 0.67 pre-norm at 12 blocks; 1.0000 without residuals",
 )  # fmt: skip
 ALIGNED_PLAIN = Threshold(
-    "the same in a trunk of attention without residual connections", 0.99, "1",
+    "rank-collapse.cosine-plain", "the same in a trunk of attention without residual connections", 0.99, "1",
     "no healthy plain stack of attention was seen; with 8 layers it has 0.998 at initialisation and 1.0000 soon after",
 )  # fmt: skip
 SPREAD_KEPT = Threshold(
-    "what is left of 1 - cosine between the first and the last point", 0.01, "1",
+    "rank-collapse.spread", "what is left of 1 - cosine between the first and the last point", 0.01, "1",
     "a collapse is made by the network: tokens that come in alike are no finding; 0.05 in a trunk",
 )  # fmt: skip
 PLATEAU = Threshold(
-    "steps that a stack which collapsed in training stays so", 500, "step",
+    "rank-collapse.plateau", "steps that a stack which collapsed in training stays so", 500, "step",
     "a healthy post-norm stack (12 blocks) sits at 0.9999 for 200 steps while it predicts single-token frequencies",
 )  # fmt: skip
 QUERY_KEY = re.compile(

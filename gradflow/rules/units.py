@@ -16,21 +16,36 @@ if TYPE_CHECKING:
     from gradflow.records import Severity
     from gradflow.rules.view import Floats, View
 
-DEAD = Threshold("units zero on every position", 0.4, "1", "healthy ReLU layers of small networks reach 0.2 to 0.3")
+DEAD = Threshold(
+    "dead-units.share",
+    "units zero on every position",
+    0.4,
+    "1",
+    "healthy ReLU layers of small networks reach 0.2 to 0.3",
+)
 DEAD_FROM_THE_START = Threshold(
-    "the same where a fifth was so at the first step", 0.6, "1",
+    "dead-units.share-from-the-start", "the same where a fifth was so at the first step", 0.6, "1",
     "inputs that all look alike to a layer leave about half of its units off by the sign of their weights",
 )  # fmt: skip
 DEAD_ERROR = Threshold(
-    "the same, error", 0.8, "1", "four of five units gone: the layer is a bottleneck of what is left"
+    "dead-units.error",
+    "the same, error",
+    0.8,
+    "1",
+    "four of five units gone: the layer is a bottleneck of what is left",
 )
 POSITIONS = Threshold(
+    "dead-units.positions",
     "positions a sampled step", 32, "position", "a unit that fires on a tenth of them is zero on 32 by chance in 3 %"
 )  # fmt: skip
 SATURATED = Threshold(
-    "elements at the ends of a tanh or sigmoid", 0.5, "1", "normal inputs of unit size give 0.04 and 0"
+    "saturated-activation.share",
+    "elements at the ends of a tanh or sigmoid",
+    0.5,
+    "1",
+    "normal inputs of unit size give 0.04 and 0",
 )
-SATURATED_ERROR = Threshold("the same, error", 0.9, "1", "the layer is a step function")
+SATURATED_ERROR = Threshold("saturated-activation.error", "the same, error", 0.9, "1", "the layer is a step function")
 LEARNED = 0.5
 """Fall of the loss from which units that training itself turned off or saturated are no trouble."""
 GATE = re.compile(r"gate|(?:^|\.)se(?:\.|$)|excit|scale", re.IGNORECASE)

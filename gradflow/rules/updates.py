@@ -16,12 +16,32 @@ if TYPE_CHECKING:
     from gradflow.rules.view import Bools, Floats, View
 
 LARGE = Threshold(
-    "update over weight, median over matrices", 0.1, "1", "healthy small models stay under 0.05 once warm"
+    "update-too-large.median",
+    "update over weight, median over matrices",
+    0.1,
+    "1",
+    "healthy small models stay under 0.05 once warm",
 )
-EARLY = Threshold("the same at its largest in the first steps", 0.3, "1", "37 healthy runs stay under 0.06")
-BLOWN_UP = Threshold("growth of the weights since", 3.0, "1", "healthy weights grow up to 1.9 times")
-REPLACED = Threshold("update over weight of one matrix", 1.0, "1", "every step replaces the weights")
-SMALL = Threshold("update over weight, median over matrices", 1e-5, "1", "a per cent in a thousand aligned steps")
+EARLY = Threshold(
+    "update-too-large.first-steps",
+    "the same at its largest in the first steps",
+    0.3,
+    "1",
+    "37 healthy runs stay under 0.06",
+)
+BLOWN_UP = Threshold(
+    "update-too-large.growth", "growth of the weights since", 3.0, "1", "healthy weights grow up to 1.9 times"
+)
+REPLACED = Threshold(
+    "update-too-large.matrix", "update over weight of one matrix", 1.0, "1", "every step replaces the weights"
+)
+SMALL = Threshold(
+    "update-too-small.median",
+    "update over weight, median over matrices",
+    1e-5,
+    "1",
+    "a per cent in a thousand aligned steps",
+)
 WARM = 50
 """Steps before which updates are judged by nothing: warm-up, Adam's first steps."""
 ALIVE = 1e-3
