@@ -166,6 +166,12 @@ HEALTHY = {
     "noisy": lambda: train(
         Residual(4), lambda g: vectors(g, batch=2), steps=1000, every=25, lr=1e-2, optimizer=torch.optim.SGD, momentum=0.9
     ),
+    "clipped-spike": lambda: train(
+        Residual(6), vectors, loss=spiky, before=spike_at(60), every=10, optimizer=torch.optim.SGD, lr=1e-3, clip=1.0
+    ),
+    "clipped-spike-adam": lambda: train(
+        language_model(3, norm="pre"), text, loss=spiky, before=spike_at(80), every=10, clip=1.0
+    ),
     "large-inputs": lambda: train(mlp(4), lambda g: vectors(g, scale=50.0), steps=300),
     "long": lambda: train(mlp(4), vectors, steps=2000, every=100, lr=3e-3),
     "shallow-without-norm": lambda: train(language_model(2, norm="none"), text, lr=5e-4),

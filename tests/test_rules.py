@@ -394,7 +394,7 @@ def test_consequences_move_into_their_root():
     assert grouping.grouped([dead]) == [dead]
 
 
-def test_a_thousand_branches_over_two_thousand_steps_are_judged_in_seconds():
+def test_a_thousand_branches_over_five_hundred_steps_are_judged_in_seconds():
     run = runs.prenorm(blocks=500, steps=np.arange(500) * 50)
     for name in ("branches", "streams", "layers", "parameters"):
         run.table(name)
