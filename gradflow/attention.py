@@ -1,7 +1,7 @@
 """Attention read from a sample of its queries: entropy, largest logit, keys. The whole matrix is never computed again.
 
-Pure functions of tensors. A sample has the shape (sequence, head, query, key): at most `QUERIES` queries a head, spread
-evenly over at most `SEQUENCES` sequences where there are more, and at most `HEADS` heads.
+Pure functions of tensors. A sample has the shape (sequence, head, query, key): everything where that is little, else 16
+queries a head, and at most `HEADS` heads.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from torch import Tensor
 from gradflow import geometry, statistics
 
 QUERIES = 64
-"""Queries sampled a head."""
+"""Queries sampled a head where all logits of the sample are at most `LOGITS`."""
 FEWEST_QUERIES = 16
-"""Queries taken from each sequence before fewer sequences are taken."""
+"""Queries sampled a head otherwise, and taken from each sequence before fewer sequences are taken."""
 HEADS = 32
 """Heads sampled."""
+LOGITS = 2**14
+"""Logits of a sample: they are computed again, and their softmax with them."""
 MASKED = -1e4
 """Logits and mask values below this shut a key out: masks are -inf, the smallest number of a type, or -1e4 and below."""
 
@@ -34,14 +36,16 @@ class Sample:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], device: torch.device) -> Sample:
-        """The sample of `shape` = (sequences, heads, queries)."""
-        sequences, heads, queries = shape
+        """The sample of attention of `shape` (sequences, heads, queries, keys)."""
+        sequences, heads, queries, keys = shape
+        heads_taken = min(heads, HEADS)
+        most = QUERIES if QUERIES * heads_taken * keys <= LOGITS else FEWEST_QUERIES
         take = queries
-        if sequences * queries > QUERIES:
-            take = min(queries, max(QUERIES // sequences, FEWEST_QUERIES))
+        if sequences * queries > most:
+            take = min(queries, max(most // sequences, FEWEST_QUERIES))
         return cls(
-            geometry.spread(sequences, min(sequences, max(QUERIES // max(take, 1), 1)), device),
-            geometry.spread(heads, min(heads, HEADS), device), geometry.spread(queries, take, device),
+            geometry.spread(sequences, min(sequences, max(most // max(take, 1), 1)), device),
+            geometry.spread(heads, heads_taken, device), geometry.spread(queries, take, device),
         )  # fmt: skip
 
     def rows(self, x: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ def of_products(
     broadcasts to (..., query, key): boolean, True where a key may be attended to, or added to the logits.
     """
     query, key = _four(query), _four(key)
-    sample = Sample.of(tuple(query.shape[:3]), query.device)
+    sample = Sample.of((*query.shape[:3], key.shape[2]), query.device)
     groups = query.shape[1] // max(key.shape[1], 1)
     taken = key[sample.sequences[:, None], (sample.heads // groups)[None, :]]
     rows = statistics.wide(sample.rows(query))
@@ -112,7 +116,7 @@ def of_products(
 def of_logits(logits: Tensor) -> dict[str, Tensor]:
     """`attention_columns` of logits (..., head, query, key) that a softmax over the last axis took."""
     logits = _four(logits)
-    return attention_columns(Sample.of(tuple(logits.shape[:3]), logits.device).rows(logits))
+    return attention_columns(Sample.of(tuple(logits.shape), logits.device).rows(logits))
 
 
 def of_projections(call: dict[str, Any]) -> dict[str, Tensor]:
@@ -123,7 +127,7 @@ def of_projections(call: dict[str, Any]) -> dict[str, Tensor]:
     query, key = (x.detach() if x.dim() == 3 else x.detach().unsqueeze(1) for x in (call["query"], call["key"]))
     length, count, width = query.shape
     heads = call["num_heads"]
-    sample = Sample.of((count, heads, length), query.device)
+    sample = Sample.of((count, heads, length, key.shape[0]), query.device)
     (query_weight, query_bias), (key_weight, key_bias) = _projections(call, width)
     rows = _mapped(query[sample.queries][:, sample.sequences], query_weight, query_bias)
     keys = _mapped(key[:, sample.sequences], key_weight, key_bias)

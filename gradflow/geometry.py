@@ -116,5 +116,5 @@ def shares(parts: Tensor, whole: Tensor) -> Tensor:
 
     They add up to 1 exactly where the parts add up to the whole. NaN where the whole is zero.
     """
-    flat = whole.flatten().double() if whole.device.type != "mps" else whole.flatten()
-    return (parts.flatten(1).to(flat.dtype) @ flat) / torch.dot(flat, flat)
+    flat = whole.flatten()
+    return (parts.flatten(1) @ flat) / torch.dot(flat, flat)

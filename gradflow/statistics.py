@@ -12,6 +12,7 @@ On a CPU large tensors are read in pieces that stay in its cache, so that severa
 from __future__ import annotations
 
 import math
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
 ROW = 4096
 """Elements summed in the input's own precision before the sum continues in float64."""
+_DOT = 8 * ROW
+"""Elements of one dot product on a CPU; it adds them up in many lanes, so as exactly as a row."""
 _PIECE = 64 * ROW
 """Elements that a CPU reads at once: 1 MiB in float32, half of a usual second-level cache."""
+_own = threading.local()
 
 SATURATED_TANH = 0.97
 """|tanh| beyond which a unit counts as saturated: its derivative is below 0.06."""
@@ -65,6 +69,14 @@ def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
     return flat.split(_PIECE) if flat.device.type == "cpu" and flat.numel() > _PIECE else (flat,)
 
 
+def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory of this thread's own for one piece on a CPU: what is used again stays in the cache."""
+    kept: dict[torch.dtype, Tensor] = _own.__dict__.setdefault("kept", {})
+    if dtype not in kept:
+        kept[dtype] = torch.empty(_PIECE, dtype=dtype, device="cpu")
+    return kept[dtype][: like.numel()]
+
+
 def _rows(flat: Tensor) -> tuple[Tensor, ...]:
     """The elements as rows of `ROW`, and the rest as a row of its own, each only where it holds anything."""
     cut = flat.numel() - flat.numel() % ROW
@@ -82,18 +94,17 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     if "nonfinite" in found:
         found.setdefault("largest", [])
-    empty = torch.zeros((), dtype=_final(flat), device=flat.device)
     for piece in _pieces(flat) if flat.numel() else ():
         _read(piece, found)
+    final = _final(flat)
     values = {}
     for name, parts in found.items():
         if not parts:
-            values[name] = empty
+            values[name] = torch.zeros((), dtype=final, device=flat.device)
         elif name == "largest":
-            values[name] = (torch.stack(parts).amax() if len(parts) > 1 else parts[0]).to(empty.dtype)
-        elif name != "nonfinite":
-            across = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(empty.dtype)
-            values[name] = (across.square() if name == "square" else across).sum()
+            values[name] = (torch.stack(parts).amax() if len(parts) > 1 else parts[0]).to(final)
+        else:
+            values[name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(final).sum()
     if "nonfinite" in found:
         values["nonfinite"] = count_nonfinite(x, values["largest"])
     if "zeros" in found and x.is_sparse:
@@ -106,20 +117,27 @@ def _read(piece: Tensor, found: dict[str, list[Tensor]]) -> None:
     if "zeros" in found:
         found["zeros"].append(_zeros(piece))
     piece = _widened(piece)
-    for rows in _rows(piece):
-        if "square" in found:
-            found["square"].append(torch.linalg.vector_norm(rows, dim=1))
-        if "total" in found:
-            found["total"].append(rows.sum(1))
+    rows = _rows(piece)
+    if "square" in found:
+        found["square"].append(_squares(piece, rows))
+    if "total" in found:
+        found["total"].extend(part.sum(1) for part in rows)
     if "largest" in found:
         found["largest"].append(torch.maximum(piece.amax(), -piece.amin()))
 
 
+def _squares(piece: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+    """Σ x² along parts of a piece. A CPU takes dot products, any other device the squared roots of rows."""
+    if piece.device.type == "cpu":
+        return torch.stack([torch.dot(part, part) for part in piece.split(_DOT)])
+    return torch.cat([torch.linalg.vector_norm(part, dim=1) for part in rows]).to(_final(piece)).square()
+
+
 def _zeros(piece: Tensor) -> Tensor:
-    flags = piece.bool()
-    if flags.device.type == "cpu":  # numpy counts booleans ten times faster, and these are ours: no parameter's storage
+    if piece.device.type == "cpu":  # numpy counts booleans ten times faster, and these are ours: no parameter's storage
+        flags = _scratch(piece, torch.bool).copy_(piece)
         return torch.tensor([flags.numel() - np.count_nonzero(flags.numpy())])
-    return (flags.numel() - torch.count_nonzero(flags)).view(1)
+    return (piece.numel() - torch.count_nonzero(piece)).view(1)
 
 
 def total(x: Tensor) -> Tensor:
@@ -128,10 +146,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def sum_squares(x: Tensor) -> Tensor:
-    """Sum of the squared elements, Σ x². A float32 x above 1e19 or below 1e-22 has a square outside of float32.
-
-    A row's root is taken before it is squared in float64, so the sum itself neither overflows nor underflows.
-    """
+    """Sum of the squared elements, Σ x². A float32 x above 1e17 or below 1e-20 has squares outside of float32."""
     return measure(x, ("square",))["square"]
 
 
@@ -140,7 +155,9 @@ def sum_squared_differences(x: Tensor, y: Tensor) -> Tensor:
     x, y = _real(x).reshape(-1), _real(y).reshape(-1)
     found = torch.zeros((), dtype=_final(x), device=x.device)
     for one, other in zip(_pieces(x), _pieces(y), strict=True):
-        found = found + sum_squares(_widened(one) - _widened(other))
+        one, other = _widened(one), _widened(other)  # noqa: PLW2901
+        out = _scratch(one, one.dtype) if one.device.type == "cpu" and one.dtype == other.dtype else None
+        found = found + sum_squares(torch.sub(one, other, out=out))
     return found
 
 
@@ -154,7 +171,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
         x, y = x.double(), y.double()
     x, y = (_flat(x), _flat(y)) if x.stride() == y.stride() else (x.reshape(-1), y.reshape(-1))
     if x.device.type == "cpu":
-        parts = [torch.dot(one, other) for one, other in zip(x.split(16 * ROW), y.split(16 * ROW), strict=True)]
+        parts = [torch.dot(one, other) for one, other in zip(x.split(_DOT), y.split(_DOT), strict=True)]
         return torch.stack(parts).double().sum() if parts else torch.zeros((), dtype=torch.float64)
     parts = [torch.linalg.vecdot(one, other) for one, other in zip(_rows(x), _rows(y), strict=True)]
     return torch.cat(parts).to(_final(x)).sum() if parts else torch.zeros((), dtype=_final(x), device=x.device)
