@@ -107,7 +107,7 @@ def _chains(roles: Roles, joins: list[Join]) -> list[list[int]]:
 
 
 def _source(roles: Roles, fork: int, at: dict[int, int]) -> int | None:
-    """The join whose output becomes a fork by identity-like operations, norms and activations."""
+    """The join whose output becomes a fork by identity-like operations, norms, activations, or with something added."""
     index: int | None = fork
     while index is not None:
         if index in at:
@@ -116,13 +116,20 @@ def _source(roles: Roles, fork: int, at: dict[int, int]) -> int | None:
         before = roles.like.identity_parent(index)
         if before is None and node.op in _LINKS:
             before = node.parents[0]
-        elif before is None and node.op in families.ADDITIONS:  # a position put onto the stream
-            signals = [p for p in node.parents[:2] if roles.data[p]]
-            before = signals[0] if len(signals) == 1 else None
+        elif before is None and node.op in families.ADDITIONS:  # a position or a condition put onto the stream
+            before = _added_to(roles, node.parents[:2], at)
         elif before is None:
             before = roles.like.norm_source(index)
         index = before
     return None
+
+
+def _added_to(roles: Roles, operands: Sequence[int], at: dict[int, int]) -> int | None:
+    """The operand of an addition that is the stream: the only one with data, else the one that a join's output is."""
+    signals = [operand for operand in operands if roles.data[operand]]
+    if len(signals) < 2:
+        return signals[0] if signals else None
+    return next((operand for operand in signals if any(c in at for c in roles.like.chain(operand))), None)
 
 
 def _segments(roles: Roles, chain: list[Join]) -> tuple[int, ...]:
