@@ -59,6 +59,8 @@ class Frames:
                 node = register.node_of(tensor) if stack else register.node_for(tensor, "input")
                 if node is not None:
                     inputs.append(node)
+                    if tensor.grad_fn is not None:  # a custom function gives its result another node when it is done
+                        register.edges[node] = (tensor.grad_fn, tensor.output_nr)
         parent, grad = stack[-1].index if stack else -1, torch.is_grad_enabled()
         first = len(register.rows)
         frame = _Frame(len(self._all), path, parent, type(module).__name__, grad, first, tuple(inputs))

@@ -165,16 +165,21 @@ class Recorder:
             )
             self._current.start(self._learning_rate())
 
-    def _before_step(self, optimizer: Optimizer) -> None:
-        """An optimizer's arithmetic is no pass, and what it is given stands."""
+    def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """An optimizer's arithmetic is no pass, and the gradients that it is given stand."""
         self.rest()
+        if not has_closure:
+            self._settle(optimizer)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        self._settle(optimizer)
+        if self._again:
+            self.watch()
+
+    def _settle(self, optimizer: Optimizer) -> None:
         if self._current is not None and self._again:
             with self._faults():
                 self._current.settle(_parameters_of(optimizer), scaled=is_scaled(self.scaler, optimizer))
-
-    def _after_step(self, _optimizer: Optimizer) -> None:
-        if self._again:
-            self.watch()
 
     def watch(self) -> None:
         """What runs from here belongs to a pass (another micro-batch of the step)."""

@@ -223,7 +223,7 @@ class StepInProgress:
         names = self._parameters.names(parameters)
         self._settled |= names & self._parameters.measured
         self.gradients(self._parameters.of(names - self._settled), scaled=scaled)
-        self._settled |= names
+        self._settled |= names & self._parameters.measured
 
     def finish(self) -> Finished:
         """The optimizer has stepped: measure the updates and send everything to the host."""

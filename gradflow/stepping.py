@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class OptimizerHooks:
-    """Calls `before(optimizer)` and `after(optimizer)` around every step of the optimizers, until `remove`.
+    """Calls `before(optimizer, has_closure)` and `after(optimizer)` around every step of the optimizers, until `remove`.
 
     A closure that an optimizer is given (LBFGS calls it several times) runs between `watch()` and `rest()`.
     """
 
     def __init__(
-        self, optimizers: Iterable[Optimizer], *, before: Callable[[Optimizer], None],
+        self, optimizers: Iterable[Optimizer], *, before: Callable[[Optimizer, bool], None],
         after: Callable[[Optimizer], None], watch: Callable[[], None], rest: Callable[[], None],
     ) -> None:  # fmt: skip
         self._before, self._after, self._watch, self._rest = before, after, watch, rest
@@ -33,8 +33,8 @@ class OptimizerHooks:
             self._handles.append(optimizer.register_step_post_hook(self._post))
 
     def _pre(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords] | None:
-        self._before(optimizer)
         position = next((i for i, value in enumerate(args) if i and callable(value)), None)  # 0 is the optimizer
+        self._before(optimizer, position is not None or callable(kwargs.get("closure")))
         if position is not None:
             return (*args[:position], self._watched(args[position]), *args[position + 1 :]), kwargs
         if callable(kwargs.get("closure")):

@@ -131,6 +131,9 @@ class Taps:
         if role == "other":
             return None
         factor = float(kwargs.get("alpha", 1)) * (-1 if op == "sub" else 1)
+        for operand, node in ((x, operands[0]), (y, operands[1])):
+            if operand.grad_fn is not None:  # a custom function gives its result another node when it is done
+                self.tracer.edges[node] = (operand.grad_fn, operand.output_nr)
         with undisturbed():
             x, y = measurable(x), measurable(y)
             if x is None or y is None:

@@ -83,7 +83,7 @@ def test_two_ranks_record_what_one_process_records(case, root):
         assert names(two) == names(one), table
         for column in columns:
             expected, found = (run.table(table)[column].to_pylist() for run in (one, two))
-            assert found == [None if x is None else pytest.approx(x, rel=2e-3, abs=1e-9) for x in expected], (table, column)
+            assert found == [None if x is None else pytest.approx(x, rel=2e-3, abs=1e-4 if column == "out_sum" else 1e-9) for x in expected], (table, column)
 
 
 def test_every_rank_writes_its_own_parts(root):

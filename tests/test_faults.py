@@ -21,7 +21,7 @@ from torch import nn
 from trainings import BATCH, TOKENS, WIDTH, ResidualMLP, Task, Transformer, batches, fit, monitor, same, seed, trained, trainer, traces
 
 import gradflow
-from gradflow import recording, taps, tracing
+from gradflow import frames, recording, taps, tracing
 from gradflow.errors import GradflowError
 from gradflow.storage import LocalStorage
 
@@ -52,8 +52,8 @@ def survives(tmp_path, caplog, *, stopped=True, make=lambda: Task(Transformer())
 LAYERS = {
     "operations of the trace": (tracing.Tracer, "_record"),
     "operands of the trace": (tracing.Tracer, "_parents"),
-    "module calls": (tracing.Tracer, "_begin_call"),
-    "ends of module calls": (tracing.Tracer, "_end_call"),
+    "module calls": (frames.Frames, "begin"),
+    "ends of module calls": (frames.Frames, "end"),
     "additions": (taps.Taps, "_before_addition"),
     "the end of a pass": (taps.Taps, "_finish_pass"),
     "the analysis": (taps, "analyse"),
