@@ -49,7 +49,7 @@ class Buffer:
         """Add measured values to a row; None leaves the cell as it is (runs at every measurement)."""
         for column, value in values.items():
             if isinstance(value, Tensor):
-                pile = self._piles.setdefault(value.device, _Pile())
+                pile = self._piles.get(value.device) or self._piles.setdefault(value.device, _Pile())
                 pile.keys.append((table, name, column))
                 pile.loose.append(value if value.dtype == torch.float64 else _widened(value))
                 if len(pile.loose) >= _PACK_AT:

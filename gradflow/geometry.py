@@ -60,10 +60,12 @@ def token_cosine(rows: Tensor) -> Tensor:
     arXiv:2103.03404); about 0 that they are unrelated. NaN where no sequence has two positions that are not zero.
     """
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    units = torch.where(norms > 0, rows / norms, torch.zeros_like(rows))
-    count = (norms > 0).sum((-2, -1)).to(rows.dtype)
+    inverse = torch.where(norms == 0, torch.zeros_like(norms), 1 / norms)
+    count = (norms != 0).sum((-2, -1)).to(rows.dtype)
     pairs = count * (count - 1)
-    cosines = (units.sum(-2).square().sum(-1) - units.square().sum((-2, -1))) / pairs
+    # Σ u over positions as a product, so that the unit vectors are never stored; Σ |u|² is their number
+    together = (inverse.mT @ rows).squeeze(-2)
+    cosines = (together.square().sum(-1) - count) / pairs
     valid = pairs > 0
     return torch.where(valid, cosines, torch.zeros_like(cosines)).sum(-1) / valid.sum(-1)
 
@@ -99,7 +101,8 @@ def effective_rank(gram_matrix: Tensor) -> Tensor:
 def kurtosis(rows: Tensor) -> Tensor:
     """E x⁴/(E x²)² over the sample: 3 for a normal distribution, large where few features are huge. NaN if all zero."""
     squares = rows.flatten(-3).square()
-    return squares.square().mean(-1) / squares.mean(-1).square()
+    fourth = torch.linalg.vector_norm(squares, dim=-1).square() / squares.shape[-1]
+    return fourth / squares.mean(-1).square()
 
 
 def max_over_median(rows: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ alive, and adds nothing to the graph: the training's own arithmetic stays bit fo
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,21 +30,27 @@ _RESHAPES = frozenset({
 _MOVES = frozenset({"TransposeBackward0", "PermuteBackward0", "TBackward0"})
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
+class undisturbed:  # noqa: N801 (a context manager)
     """Our own arithmetic: no gradient recorded, no mode of anybody sees it, no autocast changes its precision."""
-    with torch.no_grad(), torch._C.DisableTorchFunction():  # noqa: SLF001
-        autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not autocast:
-            yield
-            return
-        for kind in autocast:
+
+    __slots__ = ("_autocast", "_functions", "_grad")
+
+    def __enter__(self) -> None:
+        self._functions = torch._C.DisableTorchFunction()  # noqa: SLF001
+        self._functions.__enter__()
+        self._grad = torch.is_grad_enabled()
+        if self._grad:
+            torch._C._set_grad_enabled(False)  # noqa: SLF001
+        self._autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        for kind in self._autocast:
             torch.set_autocast_enabled(kind, False)
-        try:
-            yield
-        finally:
-            for kind in autocast:
-                torch.set_autocast_enabled(kind, True)
+
+    def __exit__(self, *exception: object) -> None:
+        for kind in self._autocast:
+            torch.set_autocast_enabled(kind, True)
+        if self._grad:
+            torch._C._set_grad_enabled(True)  # noqa: SLF001
+        self._functions.__exit__(*exception)
 
 
 class Hooks:
