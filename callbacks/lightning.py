@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
@@ -31,8 +30,15 @@ log = logging.getLogger("gradflow")
 
 def _bases() -> tuple[type, ...]:
     """`Callback` of every installed namespace: the classes are unrelated, and LightningCLI checks for its own."""
-    names = [name for name in ("pytorch_lightning", "lightning.pytorch") if find_spec(name.split(".", 1)[0])]
-    return tuple(import_module(name).Callback for name in names)
+    found: list[type] = []
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        try:
+            found.append(import_module(name).Callback)
+        except ImportError:  # it is not installed, or not whole: the other one may be
+            continue
+    if not found:
+        raise ImportError("expected pytorch-lightning or lightning to be installed, got neither; pip install lightning")
+    return tuple(found)
 
 
 if not TYPE_CHECKING:
