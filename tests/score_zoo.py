@@ -34,7 +34,7 @@ def judge(words):
             try:
                 judged = function(name)
             except Exception:
-                traceback.print_exc()
+                traceback.print_exc(limit=-2)
                 judged = zoo_runs.Judged(name, SICK[name].code if kind == "sick" else "", false=["failed"])
             into.append(judged)
             print(line(judged), f"[{time.time() - begun:.1f} s]", flush=True)

@@ -24,7 +24,7 @@ from zoo_models import (
     stack_of_convolutions,
     transformer,
 )
-from zoo_training import Setup, classify, square
+from zoo_training import Setup, square
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 _T = functools.partial

@@ -261,3 +261,14 @@ def massive(path, *, above):
         return _within((x.max() / x.median()).item(), None, above)
 
     return proof
+
+
+def blown(*, above):
+    """Median over matrices of the weight's norm at the end over that at the start."""
+
+    def proof(trained):
+        before = dict(trained.initial.named_parameters())
+        growth = [(p.norm() / before[n].norm()).item() for n, p in trained.model.named_parameters() if p.dim() > 1]
+        return _within(torch.tensor(growth).median().item(), None, above)
+
+    return proof

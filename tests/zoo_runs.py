@@ -87,9 +87,15 @@ def judge_sick(name):
 
 
 def _cure(judged, case, hits):
-    run, result = train(f"cured/{judged.name}", case.setup.but(**case.cure))
+    remedy = hits[0].remedy if hits else ""
+    judged.remedied = bool(re.search(case.remedy, remedy, re.DOTALL))
+    if callable(case.cure) and not judged.remedied:
+        judged.cured = False
+        return
+    change = case.cure(remedy) if callable(case.cure) else case.cure
+    said = "".join(f"-{value}" for value in change.values() if isinstance(value, float))
+    run, result = train(f"cured/{judged.name}{said}", case.setup.but(**change))
     judged.cure_findings = alarms(diagnose(run))
     judged.losses = (*judged.losses, result["after"])
-    judged.remedied = any(re.search(case.remedy, hit.remedy, re.DOTALL) for hit in hits)
     gone = case.code not in {finding.code for finding in judged.cure_findings}
     judged.cured = judged.remedied and gone and judged.losses[1] < judged.losses[0]

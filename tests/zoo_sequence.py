@@ -432,3 +432,16 @@ def token_choice_of_depth():
         return x.scatter(1, index, chosen)
 
     return blocks(forward, f=mlp, router=lambda: nn.Linear(D, 1)), tokens()
+
+
+@trap()
+def recurrence_with_a_constant_input():
+    """an Elman network that takes in the same input at every step: W x + U h is no projection"""
+
+    def forward(m, x):
+        h = torch.zeros_like(x)
+        for _ in range(4):
+            h = torch.tanh(m.w(x) + m.u(h))
+        return h
+
+    return Net(forward, w=nn.Linear(D, D), u=nn.Linear(D, D)), vectors()

@@ -7,6 +7,7 @@ true as well, a consequence that may be reported beside the label.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ from torch import nn
 from zoo_data import digits, hidden, pictures, rows, text
 from zoo_library import library
 from zoo_models import (
+    After,
     ConvNet,
     Depthwise,
-    MixerNet,
     Plain,
     ResidualNet,
     ResNet,
@@ -47,9 +48,24 @@ class Case:
     setup: Setup
     proof: Callable
     remedy: str = ""
-    cure: dict | None = None
+    cure: dict | Callable | None = None
     also: tuple[str, ...] = ()
     since: int = 0
+
+
+def rate_said(remedy):
+    """The learning rate that a remedy names."""
+    return {"lr": float(re.search(r"to about ([0-9.e+-]+) from", remedy)[1])}
+
+
+def clip_said(remedy):
+    """The norm to clip at that a remedy names."""
+    return {"clip": float(re.search(r"norm at ([0-9.e+-]+),", remedy)[1])}
+
+
+def eps_said(remedy):
+    """The optimizer's eps that a remedy names."""
+    return {"options": {"eps": float(re.search(r"eps to ([0-9.e+-]+),", remedy)[1])}}
 
 
 def _after_step(step, factor):
@@ -84,17 +100,22 @@ def _explosive(normed, depth=12):
     return lambda: ConvNet(*[Depthwise(16, scale=1.0, normed=normed, init=he) for _ in range(depth)])
 
 
-def _root(x):
-    return x + 1e-3 * (x - x.mean(-1, keepdim=True)).pow(2).clamp_max(0).sqrt()
-
-
-def _root_eps(x):
-    return x + 1e-3 * ((x - x.mean(-1, keepdim=True)).pow(2).clamp_max(0) + 1e-6).sqrt()
+def _root(x, eps=0.0):
+    """The distance of x from itself, whose derivative at 0 is 0 · infinity, unless there is an epsilon in the root."""
+    return x + 1e-3 * ((x - x.detach()).pow(2).sum(-1, keepdim=True) + eps).sqrt()
 
 
 def _loud_wpe(model, value=300.0):
     with torch.no_grad():
         model.transformer.wpe.weight[:, 3] += value
+    return model
+
+
+def _faint(model, factor=0.006):
+    """Every sublayer's output multiplied by a small constant."""
+    for block in model.encoder.blocks:
+        block.attention = After(block.attention, lambda y: factor * y)
+        block.feed_forward = After(block.feed_forward, lambda y: factor * y)
     return model
 
 
@@ -192,7 +213,7 @@ BRANCHES = {
     "decayed-branch": Case(
         "silent-branch", r"cells\.1", _res.but(
             model=lambda: ResidualNet(5), optimizer=SGD, lr=0.05, steps=200,
-            parameters=lambda m: [{"params": m.cells[1].fc2.parameters(), "weight_decay": 4.0}, {"params": [p for n, p in m.named_parameters() if "cells.1.fc2" not in n]}],
+            parameters=lambda m: [{"params": m.cells[1].parameters(), "weight_decay": 19.0}, {"params": [p for n, p in m.named_parameters() if "cells.1." not in n]}],
         ), proof.branch("cells.1", below=1e-3), "weight decay", {"parameters": None}, since=40,
     ),
     "residual-dominant": Case(
@@ -207,16 +228,16 @@ BRANCHES = {
         "inert-depth", r"cells", _res.but(model=lambda: ResidualNet(10, factor=0.004), steps=420, every=60, lr=2e-4),
         proof.kept([f"cells.{i}" for i in range(10)], above=0.9995), "scale|larger", {"model": lambda: ResidualNet(10)},
     ),
-    "mixer-inert": Case(
-        "inert-depth", r"tokens|channels", Setup(lambda: multiplied(MixerNet(6), ("tokens.", "channels."), 0.12), rows, steps=420, every=60, lr=3e-5, optimizer=SGD),
-        lambda t: (1.0, True), "scale|larger", {"model": lambda: MixerNet(6)}, ("update-too-small",),
+    "transformer-inert": Case(
+        "inert-depth", r"blocks", _text.but(model=lambda: _faint(transformer(5)), steps=420, every=60, lr=1e-4),
+        proof.kept([f"encoder.blocks.{i}" for i in range(5)], above=0.9995), "scale|larger", {"model": lambda: transformer(5)},
     ),
-    "vit-detached": Case(
-        "blocked-gradient", r"layers\.1\.mlp", _vit.but(model=lambda: after(library("vit"), "vit.layers.1.mlp", detached)),
-        proof.no_gradient("vit.layers.1.mlp", "vit.layers.1.mlp"), "detach", {"model": lambda: library("vit")},
+    "gpt2-detached": Case(
+        "blocked-gradient", r"h\.[23]", _gpt.but(model=lambda: after(library("gpt2"), "transformer.h.2", detached), lr=3e-3, steps=140),
+        proof.no_gradient("transformer.h.2.", "transformer.h.2"), "detach", {"model": lambda: library("gpt2")},
     ),
     "resnet-detached": Case(
-        "blocked-gradient", r"layers\.1", _resnet.but(model=lambda: ResNet(special={1: {"cut": True}})),
+        "blocked-gradient", r"layers\.1", _resnet.but(model=lambda: ResNet(cut=True)),
         proof.no_gradient("layers.1.conv", "layers.1.conv2"), "detach", {"model": ResNet},
     ),
     "encoder-detached": Case(
@@ -232,7 +253,7 @@ BRANCHES = {
         proof.massive("transformer.h.1", above=1000), "[Nn]othing",
     ),
     "residual-massive": Case(
-        "massive-activation", r".", _res.but(model=lambda: _embed_spike(ResidualNet(5), 2000.0)),
+        "massive-activation", r".", _res.but(model=lambda: _embed_spike(ResidualNet(5), 20000.0)),
         proof.massive("cells.2", above=1000), "[Nn]othing",
     ),
 }  # fmt: skip

@@ -25,13 +25,26 @@ from zoo_models import (
     stack_of_convolutions,
     transformer,
 )
-from zoo_sick import SGD, AdamW, Case, _after_step, _conv_net, _louder, _root, _root_eps, _split, _without
+from zoo_sick import (
+    SGD,
+    AdamW,
+    Case,
+    _after_step,
+    _conv_net,
+    _louder,
+    _root,
+    _split,
+    _without,
+    clip_said,
+    eps_said,
+    rate_said,
+)
 from zoo_training import Setup, square
 
 _T = functools.partial
 _res = Setup(ResidualNet, digits)
 _gpt = Setup(_T(library, "gpt2"), text)
-_bert = Setup(_T(library, "bert"), hidden, steps=80)
+_bert = Setup(_T(library, "bert"), hidden, steps=140, lr=3e-3)
 _half = {"autocast": torch.float16, "precision": "16-mixed"}
 _qk = ("query", "key")
 
@@ -69,11 +82,11 @@ def _negative_log(eps):
 NUMBERS = {
     "spiky-residual": Case(
         "gradient-spike", r".", _res.but(corrupt=_louder(60, 20.0), every=10, model=lambda: ResidualNet(4, norm=False, final=False, factor=0.3), steps=120),
-        proof.spiked(60, above=20), "[Cc]lip", {"clip": 1.0}, since=60,
+        proof.spiked(60, above=20), "[Cc]lip", clip_said, since=60,
     ),
     "spiky-regression": Case(
         "gradient-spike", r".", Setup(lambda: mlp(3, inputs=8, classes=1), waves, loss=square, corrupt=lambda s, b: (b[0], b[1] + 60) if s == 80 else b, every=10, optimizer=SGD, lr=0.02, steps=120),
-        proof.spiked(80, above=20), "[Cc]lip", {"clip": 1.0}, since=80,
+        proof.spiked(80, above=20), "[Cc]lip", clip_said, since=80,
     ),
     "log-of-negative": Case(
         "nonfinite", r"blocks\.0", Setup(_negative_log(0.0), pictures, steps=6),
@@ -85,10 +98,10 @@ NUMBERS = {
     ),
     "root-backwards": Case(
         "nonfinite", r"cells\.[12]", _res.but(model=lambda: after(ResidualNet(5), "cells.1", _root), steps=8),
-        proof.broke(0, backward=True), "epsilon", {"model": lambda: after(ResidualNet(5), "cells.1", _root_eps)},
+        proof.broke(0, backward=True), "epsilon", {"model": lambda: after(ResidualNet(5), "cells.1", _T(_root, eps=1e-6))},
     ),
     "half-overflow": Case(
-        "nonfinite", r"cells\.2", _res.but(model=lambda: multiplied(ResidualNet(5, norm=False), ("cells.2.fc2", "cells.2.fc1", "cells.1.fc2", "cells.1.fc1"), 400.0), steps=8, **_half),
+        "nonfinite", r"cells\.[12]", _res.but(model=lambda: multiplied(ResidualNet(5, norm=False), ("cells.2.fc2", "cells.2.fc1", "cells.1.fc2", "cells.1.fc1"), 400.0), steps=8, **_half),
         proof.broke(0), "bf16|epsilon|clamp", None,
     ),
     "runaway-sgd": Case(
@@ -97,18 +110,18 @@ NUMBERS = {
     ),
     "tiny-loss-gpt2": Case(
         "below-epsilon", r".", _gpt.but(factor=1e-9, lr=3e-3),
-        proof.tiny_gradient(1e-8), "eps", {"options": {"eps": 1e-16}},
+        proof.tiny_gradient(1e-8), "eps", eps_said,
     ),
     "large-eps-mixer": Case(
         "below-epsilon", r".", Setup(MixerNet, rows, options={"eps": 1.0}, lr=1e-3),
-        proof.tiny_gradient(1.0), "eps", {"options": {"eps": 1e-8}},
+        proof.tiny_gradient(1.0), "eps", eps_said,
     ),
     "half-loss-residual": Case(
         "gradient-underflow", r".", _res.but(factor=1e-6, **_half),
         proof.underflowed("cells", above=0.5), "GradScaler", {"scaler": True},
     ),
     "half-loss-bert": Case(
-        "gradient-underflow", r".", _bert.but(factor=3e-7, steps=60, **_half),
+        "gradient-underflow", r".", _bert.but(factor=1e-5, steps=60, **_half),
         proof.underflowed("layer", above=0.5), "GradScaler", {"scaler": True},
     ),
 }  # fmt: skip
@@ -119,14 +132,14 @@ ACTIVATIONS = {
         proof.one_hot("encoder.blocks.1.attention.query", "encoder.blocks.1.attention.key", below=0.1), "QK norm",
         {"model": lambda: qk_norm(multiplied(transformer(3), _qk, 20.0), _qk)}, ("attention-logit-growth",),
     ),
-    "sharp-bert": Case(
-        "attention-entropy-collapse", r"layer", _bert.but(model=lambda: multiplied(library("bert"), (".query", ".key"), 60.0)),
-        proof.one_hot("bert.encoder.layer.1.attention.self.query", "bert.encoder.layer.1.attention.self.key", below=0.1, causal=False), "QK norm",
-        {"model": lambda: qk_norm(multiplied(library("bert"), (".query", ".key"), 60.0), _qk)}, ("attention-logit-growth",),
+    "sharp-llama": Case(
+        "attention-entropy-collapse", r"layers", Setup(lambda: multiplied(library("llama"), ("q_proj", "k_proj"), 60.0), text, lr=2e-3, steps=140),
+        proof.one_hot("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj", below=0.15), "QK norm",
+        {"model": lambda: qk_norm(multiplied(library("llama"), ("q_proj", "k_proj"), 60.0), ("q_proj", "k_proj"))}, ("attention-logit-growth",),
     ),
     "vit-logits": Case(
         "attention-logit-growth", r"layers", Setup(lambda: multiplied(library("vit"), ("q_proj", "k_proj", "query", "key"), 120.0), pictures),
-        lambda t: (1.0, True), "QK norm", {"model": lambda: qk_norm(multiplied(library("vit"), ("q_proj", "k_proj", "query", "key"), 120.0), ("query", "key", "q_proj", "k_proj"))}, ("attention-entropy-collapse",),
+        proof.logit("vit.layers.1.attention.q_proj", "vit.layers.1.attention.k_proj", above=50, causal=False), "QK norm", {"model": lambda: qk_norm(multiplied(library("vit"), ("q_proj", "k_proj", "query", "key"), 120.0), ("query", "key", "q_proj", "k_proj"))}, ("attention-entropy-collapse",),
     ),
     "transformer-logits-grow": Case(
         "attention-logit-growth", r"blocks", Setup(lambda: transformer(3), text, lr=0.03, parameters=lambda m: [{"params": [p for n, p in m.named_parameters() if any(w in n for w in _qk)]}, {"params": [p for n, p in m.named_parameters() if not any(w in n for w in _qk)], "lr": 1e-3}], steps=150),
@@ -161,24 +174,24 @@ ACTIVATIONS = {
 
 OPTIMIZER = {
     "gpt2-lr-1": Case(
-        "update-too-large", r".", _gpt.but(lr=1.0), proof.moved(above=0.1), "learning rate", {"lr": 3e-3},
+        "update-too-large", r".", _gpt.but(lr=1.0), proof.blown(above=3), "learning rate", rate_said,
         ("attention-logit-growth", "attention-entropy-collapse", "dead-units", "signal-explosion", "rank-collapse"),
     ),
     "encoder-lr": Case(
-        "update-too-large", r".", Setup(lambda: RowEncoder(3), rows, lr=0.5, optimizer=AdamW), proof.moved(above=0.05), "learning rate", {"lr": 2e-3},
+        "update-too-large", r".", Setup(lambda: RowEncoder(3), rows, lr=0.5, optimizer=AdamW), proof.blown(above=3), "learning rate", rate_said,
         ("attention-logit-growth", "attention-entropy-collapse", "dead-units", "rank-collapse", "vanishing-gradient"),
     ),
     "residual-lr": Case(
-        "update-too-large", r".", _res.but(lr=1.0), proof.moved(above=0.05), "learning rate", {"lr": 3e-3}, ("signal-explosion", "dead-units"),
+        "update-too-large", r".", _res.but(lr=1.0), proof.blown(above=3), "learning rate", rate_said, ("signal-explosion", "dead-units"),
     ),
     "cnn-lr-small": Case(
-        "update-too-small", r".", Setup(lambda: ResNet(), pictures, optimizer=SGD, lr=1e-7), proof.moved(below=1e-5), "[Rr]aise", {"lr": 0.05},
+        "update-too-small", r".", Setup(lambda: ResNet(), pictures, optimizer=SGD, lr=1e-7), proof.moved(below=1e-5), "[Rr]aise", rate_said,
     ),
     "transformer-lr-small": Case(
-        "update-too-small", r".", Setup(lambda: transformer(3, norm="post"), text, lr=3e-8), proof.moved(below=1e-5), "[Rr]aise", {"lr": 1e-3},
+        "update-too-small", r".", Setup(lambda: transformer(3, norm="post"), text, lr=3e-8), proof.moved(below=1e-5), "[Rr]aise", rate_said,
     ),
     "gru-lr-small": Case(
-        "update-too-small", r".", Setup(lambda: Recurrent(nn.GRU), text, lr=1e-8, optimizer=AdamW), proof.moved(below=1e-5), "[Rr]aise", {"lr": 3e-3},
+        "update-too-small", r".", Setup(lambda: Recurrent(nn.GRU), text, lr=1e-8, optimizer=AdamW), proof.moved(below=1e-5), "[Rr]aise", rate_said,
     ),
     "forgotten-head": Case(
         "frozen-parameter", r"fc", Setup(MixerNet, rows, parameters=_without("fc.")), proof.unmoved("fc."), "optimizer", {"parameters": None},

@@ -42,6 +42,8 @@ NEARLY_INERT = Threshold(
     "1",
     "branch over skip under 0.1: pre-norm reaches it at 100 joins",
 )
+SHRINKS = 10.0
+"""Times the threshold from which a branch that shrinks is still no transient."""
 PATIENCE = 300
 """Steps after which branches that are still this small count as inert; 1,000 for those that started at zero."""
 STARTED = 1e-3
@@ -79,7 +81,8 @@ def dominant(view: View) -> list[Finding]:
     bad = known & (ratio > DROWNS.value) & (ratio > OUTLIES.value * usual)
     found = np.flatnonzero(lasting(bad, known) & (known[window(len(ratio))].sum(axis=0) >= 3))
     part = ratio[window(len(ratio))]
-    found = found[part[-1, found] > 0.8 * part[0, found]]
+    absurd = part[-1, found] > SHRINKS * DROWNS.value
+    found = found[(part[-1, found] > 0.8 * part[0, found]) | absurd]
     if not len(found):
         return []
     found = found[np.argsort(-now[found], kind="stable")]

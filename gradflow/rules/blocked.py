@@ -50,8 +50,14 @@ def blocked_branches(view: View) -> list[int]:
     ratio = grid["branch_ratio"]
     with np.errstate(invalid="ignore"):
         known = np.isfinite(through) & (out > 0) & (ratio > LIVE)
+        exact = known & (through == 0)
         none = known & ((through == 0) | (through <= ZERO.value * np.fmin(ratio**2, 1.0) * out))
-    return [int(i) for i in np.flatnonzero(lasting(none, known, least=1.0))]
+    found = np.flatnonzero(lasting(none, known, least=1.0))
+    certain = lasting(exact, known, least=1.0)
+    # What is left by rounding is a zero if the weights inside get nothing either, else a branch of hardly any slope.
+    starved = _without_gradient(view)
+    names = grid.names
+    return [int(i) for i in found if certain[i] or any(name.startswith(f"{names[i]}.") for name in starved)]
 
 
 def _blocked_branches(view: View) -> list[Finding]:
@@ -110,8 +116,8 @@ def _blocked_depth(view: View) -> list[Finding]:
     return [finding for finding in cuts if finding is not None]
 
 
-def _cut(view: View, profile: Profile, starved: list[str]) -> Finding | None:
-    """A point behind which the gradient is gone while the signal passed, with trainable weights on the starved side."""
+def _end(view: View, profile: Profile, starved: list[str]) -> tuple[int, int, list[str]] | None:
+    """First point with a gradient, the last before it with a signal alone, and the trainable weights on that side."""
     recent = profile.recent
     alive = np.asarray(profile.reached[recent].any(axis=0))
     signal = np.asarray((profile.rms[recent] > 0).any(axis=0))
@@ -122,16 +128,24 @@ def _cut(view: View, profile: Profile, starved: list[str]) -> Finding | None:
     if not before or not alive[first:].all():
         return None
     inside = _before(view, profile.points[first], starved)
-    if not inside:
+    return (first, before[-1], inside) if inside else None
+
+
+def _cut(view: View, profile: Profile, starved: list[str]) -> Finding | None:
+    """A point behind which the gradient is gone while the signal passed, with trainable weights on the starved side."""
+    found = _end(view, profile, starved)
+    if found is None:
         return None
+    first, before, inside = found
+    recent = profile.recent
     samples = len(profile.steps[recent])
     return Finding(
         code="blocked-gradient",
         severity="error",
-        where=unique([*profile.names(first), *profile.names(before[-1])]),
+        where=unique([*profile.names(first), *profile.names(before)]),
         steps=(int(profile.steps[0]), int(profile.steps[-1])),
         claim=(
-            f"The gradient ends between {profile.points[before[-1]]} and {profile.points[first]}: the signal passes, "
+            f"The gradient ends between {profile.points[before]} and {profile.points[first]}: the signal passes, "
             f"but nothing comes back before it, and {len(inside)} trainable parameters there have no gradient."
         ),
         evidence={
@@ -159,8 +173,19 @@ def _before(view: View, point: str, names: list[str]) -> list[str]:
     order = {modules.get(name, name): i for i, name in reversed(list(enumerate(grid.names)))}
     at = [i for module, i in order.items() if module == point or module.startswith(f"{point}.")]
     if not at:
-        return names if not order else [name for name in names if name.rpartition(".")[0] in order]
-    return [name for name in names if order.get(name.rpartition(".")[0], len(order)) < max(at)]
+        return names if not order else [name for name in names if _place(name, order) is not None]
+    return [name for name in names if (place := _place(name, order)) is not None and place < max(at)]
+
+
+def _place(parameter: str, order: dict[str, int]) -> int | None:
+    """When the layer that owns a parameter ran; else the first one beside it, or the nearest module around it."""
+    path = parameter.rpartition(".")[0]
+    while path not in order:
+        beside = [place for module, place in order.items() if module.startswith(f"{path}." if path else "")]
+        if beside or not path:
+            return min(beside, default=None)
+        path = path.rpartition(".")[0]
+    return order[path]
 
 
 def _expected(name: str) -> bool:
@@ -173,7 +198,9 @@ def frozen(view: View) -> list[Finding]:
     grid = view.grid("parameters")
     if len(grid.steps) < 2 or not view.run.parameters:
         return []
-    told = {name for finding in blocked(view) for name in finding.evidence["parameters_without_gradient"]}
+    starved = [name for name in _without_gradient(view) if not _expected(name)]
+    ends = [_end(view, profile, starved) for profile in profiles(view)] if starved else []
+    told = {name for end in ends if end is not None for name in end[2]}
     blocked_names = [name for finding in blocked(view) for name in finding.where]
     known = {p.name: p for p in view.run.parameters if p.requires_grad and p.name not in told}
     groups: dict[str, list[str]] = {"optimizer": [], "graph": [], "update": []}

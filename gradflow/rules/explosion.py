@@ -31,6 +31,10 @@ SPIKE = Threshold(
     "1",
     "10 alarms on healthy first steps; twice that does not",
 )
+JUMP = 3.0
+"""Times its median that an update may be: clipping at twice the usual norm allows twice."""
+UNHARMED = 0.2
+"""Rise of the loss after a spike, over its level before, that is within noise."""
 PAST = 20
 """Sampled steps that a running median looks back on."""
 
@@ -186,18 +190,16 @@ def _in_time(view: View) -> list[Finding]:
     ]
 
 
-def _tamed(view: View, step: int) -> bool:
-    """Whether the weights moved as usual at a step and at the sampled ones after it, as under gradient clipping.
-
-    Without clipping SGD moves in proportion to the spike, and Adam three times as far and then, its second moment
-    being full, hardly at all.
-    """
+def _tamed(view: View, at: int) -> bool:
+    """Whether a spike left no trace: that step's update, and updates and losses after it, as usual (clipping)."""
     grid = view.grid("parameters")
-    with_size = np.sqrt(grid["update_sq"])
-    before, after = median(with_size[grid.steps < step]), median(with_size[grid.steps > step][:3])
-    there = median(with_size[grid.steps == step])
-    moved = [float(median(values / before)) for values in (there, after)]
-    return moved[0] < 1.5 and moved[1] > 0.3
+    sizes = dict(zip(grid.steps.tolist(), np.sqrt(np.nansum(grid["update_sq"], axis=1)).tolist(), strict=True))
+    update = np.array([sizes.get(step, np.nan) for step in view.steps.tolist()]) / view.series("learning_rate")
+    loss, after = view.series("loss"), slice(at + 1, at + 4)
+    usual, then = float(running_median(update)[at]), float(median(update[after]))
+    level = float(running_median(loss)[at])
+    recovered = float(median(loss[after])) < level + UNHARMED * abs(level)
+    return usual > 0 and float(update[at]) < JUMP * usual and then > usual / 2 and recovered
 
 
 def spikes(view: View) -> list[Finding]:
@@ -206,25 +208,25 @@ def spikes(view: View) -> list[Finding]:
     usual = running_median(norm)
     start = float(median(norm[:5]))
     with np.errstate(invalid="ignore"):
-        high = (norm > SPIKE.value * usual) & (norm > 5 * start) & (view.steps >= 10)
-    lone = [i for i in np.flatnonzero(high[:-1]) if norm[i + 1] < 0.2 * norm[i]]
+        high = (norm > SPIKE.value * usual) & (norm > start) & (view.steps >= 10)
+    lone = [i for i in np.flatnonzero(high[:-1]) if np.nanmin(norm[i + 1 : i + 4], initial=np.inf) < 0.2 * norm[i]]
     if not lone:
         return []
-    worst = max(lone, key=lambda i: float(norm[i] / usual[i]))
+    harmful = [i for i in lone if not _tamed(view, int(i))]
+    worst = max(harmful or lone, key=lambda i: float(norm[i] / usual[i]))
     times = float(norm[worst] / usual[worst])
-    tamed = _tamed(view, int(view.steps[worst]))
     lifted = float(loss[worst]) > 1.5 * float(running_median(loss)[worst])
     return [
         Finding(
             code="gradient-spike",
-            severity="warning" if not tamed and (lifted or times > 5 * SPIKE.value) else "info",
+            severity="warning" if harmful and (lifted or times > 5 * SPIKE.value) else "info",
             where=_risen(view, int(view.steps[worst]), int(view.steps[worst])),
             steps=(int(view.steps[lone[0]]), int(view.steps[lone[-1]])),
             claim=(
                 f"At step {int(view.steps[worst])} the global gradient norm was {number(float(norm[worst]))}, "
-                f"{number(times)} times the median before, and came back at the next sampled step"
+                f"{number(times)} times the median before, and came back soon after"
                 f"{'; the loss jumped with it' if lifted else ''}"
-                f"{'; the updates did not: clipping held it' if tamed else ''}."
+                f"{'; the updates did not: clipping held it' if not harmful else ''}."
             ),
             evidence={
                 "quantity": "global gradient norm over its running median",
@@ -240,7 +242,7 @@ def spikes(view: View) -> list[Finding]:
                 "One such step undoes many good ones and fills Adam's second moment, which then holds the learning "
                 "rate down for 1/(1-β₂) steps (Takase et al. 2023, arXiv:2312.16903)."
             ),
-            remedy="Clip the gradient's norm at a small multiple of its median (1.0 is usual).",
+            remedy=f"Clip the gradient's norm at {number(2 * float(usual[worst]))}, twice its median.",
             remedy_2="Look at the batch of that step; filter broken or mislabelled samples.",
             confidence="low" if len(lone) == 1 else "high",
         )
@@ -265,9 +267,9 @@ SPIKES: Rule = Rule(
     says="single steps stand far out",
     severities=("warning", "info"),
     criterion=(
-        "From step 10 on, a global norm above the threshold times the median of the 20 sampled steps before and 5 "
-        "times that of the first steps, back to a fifth at the next sampled step; a warning if the loss jumped too; "
-        "info if updates stayed as usual."
+        "From step 10 on, a global norm above the threshold times the median of the 20 sampled steps before and "
+        "above that of the first steps, back to a fifth within three sampled steps; a warning if the loss jumped too, "
+        "or at five times the threshold; info if updates and losses show no trace of it."
     ),
     thresholds=(SPIKE,),
     source="Takase et al. 2023, Spike No More, arXiv:2312.16903",

@@ -27,6 +27,7 @@ ROOTS: dict[str, tuple[str, ...]] = {
     "attention-logit-growth": ("signal-explosion",),
     "vanishing-gradient": ("dead-units",),
     "inert-depth": ("silent-branch",),
+    "signal-explosion": ("dominant-branch",),
 }
 """Which findings a code can be a consequence of, the likeliest first."""
 ALIKE_DEAD = 0.8
@@ -64,9 +65,13 @@ def _with(finding: Finding, consequences: list[str] | None) -> Finding:
 def _follows(finding: Finding, root: Finding) -> bool:
     """Whether a finding may be a consequence: not one that has a cause of its own written in its evidence."""
     if finding.code == "dead-units":
-        return bool(finding.evidence["measured"] < ALIKE_DEAD)
+        # Units without any signal fall silent by their biases: the older finding is the cause.
+        starved = root.code in {"signal-collapse", "vanishing-gradient"} and root.steps[0] <= finding.steps[0]
+        return bool(finding.evidence["measured"] < ALIKE_DEAD) or starved
     if finding.code == "vanishing-gradient":
         return bool(root.evidence["measured"] >= ALIKE_DEAD)
+    if finding.code == "signal-explosion":
+        return finding.where[0] == root.where[0]
     if finding.code == "frozen-parameter":
         return finding.severity == "info" or bool(finding.evidence["cause"] == "update")
     return True

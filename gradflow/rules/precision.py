@@ -71,11 +71,16 @@ def below_epsilon(view: View) -> list[Finding]:
                 "sampled_steps": int(known.any(axis=1).sum()),
             },
             why="Adam loses its scale-free step there and becomes SGD with a tiny rate (Kingma & Ba 2015, section 2).",
-            remedy="Lower the optimizer's eps a thousandfold (1e-11), or sum the loss over fewer terms.",
+            remedy=f"Lower the optimizer's eps to {_power(0.01 * typical):.0e}, a hundredth of that gradient or less.",
             remedy_2="Find what shrinks the gradient: a loss divided twice, or a vanishing-gradient finding.",
             confidence="high",
         )
     ]
+
+
+def _power(value: float) -> float:
+    """The power of ten at or below a value, within what float32 holds."""
+    return float(10.0 ** np.floor(np.log10(max(value, 1e-30))))
 
 
 def _learned(loss: Floats) -> bool:

@@ -44,6 +44,8 @@ SMALL = Threshold(
 )
 WARM = 50
 """Steps before which updates are judged by nothing: warm-up, Adam's first steps."""
+GOOD = 3e-3
+"""Update over weight to aim at: between the 1e-3 of the rule of thumb and the 1e-2 of healthy small models."""
 ALIVE = 1e-3
 """Weight RMS under which a matrix counts as started at zero: its first updates exceed it by design."""
 
@@ -109,7 +111,7 @@ def too_large(view: View) -> list[Finding]:
                 "sampled_steps": int(late.sum()),
             },
             why="Steps that long overshoot: each undoes what the last one learned (arXiv:2305.17212).",
-            remedy="Lower the learning rate by a factor of 3 to 10.",
+            remedy=rate_remedy(view, "Lower", float(np.nanmax(np.fmax(typical, 0.0))) / GOOD),
             remedy_2="Warm the learning rate up over more steps.",
             confidence="high" if late.sum() >= 3 else "low",
         )
@@ -151,11 +153,20 @@ def _blown_up(view: View, typical: Floats, matrices: Bools) -> list[Finding]:
                 "sampled_steps": len(grid.steps),
             },
             why="Weights that large shrink every later step in proportion and saturate the rest (arXiv:2305.17212).",
-            remedy="Lower the learning rate by a factor of 10 to 100.",
+            remedy=rate_remedy(view, "Lower", largest / GOOD),
             remedy_2="Warm the learning rate up from zero over some hundred steps.",
             confidence="high" if len(grid.steps) >= 5 else "low",
         )
     ]
+
+
+def rate_remedy(view: View, verb: str, factor: float) -> str:
+    """What to do with the learning rate, in numbers: `factor` times lower or higher, from its peak."""
+    rate = view.series("learning_rate")
+    peak = float(np.nanmax(rate)) if np.isfinite(rate).any() else 0.0
+    aim = peak / factor if verb == "Lower" else peak * factor
+    target = f", to about {aim:.0e} from {peak:.0e}" if aim > 0 else ""
+    return f"{verb} the learning rate about {number(max(factor, 1.0))} times{target}."
 
 
 def _typical(ratio: Floats, matrices: Bools) -> Floats:
@@ -210,7 +221,7 @@ def too_small(view: View) -> list[Finding]:
                 "sampled_steps": int(known.sum()),
             },
             why="At that pace a weight needs over ten thousand steps to change at all.",
-            remedy="Raise the learning rate by a factor of 10, up to where the loss falls.",
+            remedy=rate_remedy(view, "Raise", GOOD / now),
             remedy_2="Check the schedule (an endless warm-up, a decay that ended), clipping, and loss reduction.",
             confidence="high" if known.sum() >= 3 else "low",
         )
