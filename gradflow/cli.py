@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,7 +113,16 @@ def probe(
     factory: Factory,
     *,
     inputs: Inputs = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a report as well.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write a report as well; with --depths or --widths the picture (.svg, .png)."),
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Build the model at these depths: FUNCTION(depth).")
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Build the model at these widths: FUNCTION(width).")
+    ] = None,
     force: Force = False,
     fail_on: FailOn = Severity.warning,
     ignore: Ignore = None,
@@ -120,8 +130,12 @@ def probe(
 ) -> None:
     """Diagnose a model as it is initialised, without training.
 
-    One forward and one backward pass; findings are printed as by check.
+    One forward and one backward pass; findings are printed as by check. With --depths 4,8,16,32 the model is built at
+    each depth, and how signal and gradient scale with it is plotted, theory beside it.
     """
+    if depths is not None or widths is not None:
+        _scaling(factory, inputs, depths=depths, widths=widths, out=out, force=force, as_json=as_json)
+        return
     target = None if out is None else _free(out, force=force)
     subject = factories.build(factory, inputs)
     run = _run_model(factory, gradflow.probe, subject)
@@ -209,6 +223,47 @@ def rules(
         return
     for rule in RULES.values():
         console.print_rule(rule)
+
+
+def _scaling(
+    factory: str, inputs: str | None, *, depths: str | None, widths: str | None, out: Path | None, force: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Probe a model at several depths or widths, print the series and draw it."""
+    if depths is not None and widths is not None:
+        raise UsageError("expected --depths or --widths, got both; vary one at a time")
+    by = "depth" if depths is not None else "width"
+    sizes = _sizes(depths if depths is not None else widths or "", by)
+    target = _free(out or Path("gradflow-scaling.svg"), force=force)
+    if target.suffix.lower() not in {".svg", ".png", ".pdf"}:
+        raise UsageError(f"expected a picture to end in .svg, .png or .pdf, got {target}")
+    from gradflow.plot_series import write_scaling
+    from gradflow.depth_series import scaling
+
+    runs = {
+        size: _run_model(factory, gradflow.probe, factories.build(factory, inputs, size=size)) for size in sizes
+    }
+    rows = scaling(runs)
+    write_scaling(rows, target, by=by)
+    if as_json:
+        console.print_json([asdict(row) for row in rows])
+    else:
+        names = ["size", "steps", "signal", "expected_signal", "gradient", "expected_gradient", "token_cosine", "grad_norm"]
+        shown = [[_short(getattr(row, name)) for name in names] for row in rows]
+        console.print_table(f"scaling with {by}", [by, *names[1:]], shown)
+        console.say(f"wrote {target}")
+
+
+def _sizes(text: str, by: str) -> list[int]:
+    """Distinct positive numbers of a list such as 4,8,16."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"expected --{by}s to be positive integers with commas between, as 4,8,16, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def main() -> None:

@@ -29,13 +29,14 @@ class Subject(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def build(factory: str, inputs: str | None = None) -> Subject:
+def build(factory: str, inputs: str | None = None, *, size: int | None = None) -> Subject:
     """Call the factory and return the model with its inputs.
 
     Args:
         factory: `module:function` or `file.py:function`. The function takes no arguments and returns a module, or a
             tuple (module, args) or (module, args, kwargs). `args` that is no tuple or list counts as the only argument,
             or, if it is a dict, as keyword arguments.
+        size: Depth or width, handed to the function as its only argument; none by default.
         inputs: `module:function` returning the arguments alone: args, or (args, kwargs).
 
     Without inputs, a Lightning module's `example_input_array` and a Hugging Face model's `dummy_inputs` are taken.
@@ -45,7 +46,7 @@ def build(factory: str, inputs: str | None = None) -> Subject:
     """
     from torch import nn
 
-    made = _call(factory)
+    made = _call(factory) if size is None else _call(factory, size)
     model, *rest = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, nn.Module) or len(rest) > 2:
         raise UsageError(
@@ -91,7 +92,7 @@ def _own_inputs(model: nn.Module, factory: str) -> tuple[tuple[Any, ...], dict[s
     return (), {}
 
 
-def _call(target: str) -> Any:
+def _call(target: str, *args: int) -> Any:
     """Import `module:function` and call it; whatever goes wrong becomes one `UsageError` that says where."""
     module_name, separator, path = target.rpartition(":")
     if not separator or not module_name or not path:
@@ -106,15 +107,16 @@ def _call(target: str) -> Any:
             "modules are looked for from the current directory"
         ) from error
     if not callable(function):
-        raise UsageError(f"expected {target} to be a function without arguments, got {_described(function)}")
-    return _result(target, function)
+        wanted = "a function of one number" if args else "a function without arguments"
+        raise UsageError(f"expected {target} to be {wanted}, got {_described(function)}")
+    return _result(target, function, args)
 
 
-def _result(target: str, function: Callable[[], Any]) -> Any:
+def _result(target: str, function: Callable[..., Any], args: tuple[int, ...]) -> Any:
     try:
-        return function()
+        return function(*args)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"expected {target}() to run, got {reason(error)}") from error
+        raise UsageError(f"expected {target}({', '.join(map(str, args))}) to run, got {reason(error)}") from error
 
 
 def _module(name: str) -> ModuleType:

@@ -24,7 +24,7 @@ from gradflow.store import Run
 from gradflow.taps import Plans
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from gradflow.recording import Finished
 
@@ -79,7 +79,7 @@ def _passed(
 ) -> tuple[Finished, bool]:
     """The measured pass, and whether there was a gradient to follow."""
     faults: list[Exception] = []
-    with preserved(model), eager(model), _own_gradients(model), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model), eager(model), _own_gradients(model, tensors_in((args, kwargs))), torch.inference_mode(False), torch.enable_grad():
         step = StepInProgress(
             model, 0, Plans(), rows=_ROWS, tables=frozenset(TABLES), on_error=faults.append, scale=lambda: None,
             trains=False,
@@ -131,8 +131,14 @@ def _default_loss(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _own_gradients(model: nn.Module) -> Iterator[None]:
-    """Gradients start from nothing, and no optimizer that hangs on them takes a step meanwhile."""
+def _own_gradients(model: nn.Module, inputs: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients start from nothing, and no optimizer that hangs on them takes a step meanwhile.
+
+    Those of the inputs are put back; `preserved` does so for the parameters.
+    """
+    given = [(tensor, tensor.grad) for tensor in inputs if tensor.is_leaf and tensor.requires_grad]
+    for tensor, _ in given:
+        tensor.grad = None
     hooked = [(p, p._post_accumulate_grad_hooks) for p in model.parameters() if p._post_accumulate_grad_hooks]  # noqa: SLF001
     for parameter in model.parameters():
         parameter.grad = None
@@ -141,5 +147,7 @@ def _own_gradients(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for tensor, gradient in given:
+            tensor.grad = gradient
         for parameter, hooks in hooked:
             parameter._post_accumulate_grad_hooks = hooks  # noqa: SLF001

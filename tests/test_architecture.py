@@ -33,7 +33,7 @@ LEVELS = [
     ],
     [
         "discovery",
-        "storage manifest merging parts directories writer store",
+        "storage manifest merging parts reading directories writer store",
         "grids readings",
     ],
     [
@@ -42,7 +42,7 @@ LEVELS = [
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
         rules.signals rules.tokens rules.units rules""",
-        "plot_style plot_svg plot_compare plot_depth plot_heat plot_layers plot_time plot_tokens plotting gallery",
+        "plot_style plot_svg plot_compare plot_depth plot_heat plot_layers plot_time plot_tokens plotting gallery depth_series plot_series",
     ],
     [
         "inventory summary differences report",
@@ -70,7 +70,7 @@ EXCEPTIONS = {
 
 # Packages that only some files may import, wherever in the file the import stands.
 GUESTS = {
-    "matplotlib": {"plot_style", "plot_svg", "plot_compare", "plot_depth", "plot_heat", "plot_layers", "plot_time", "plot_tokens", "gallery"},
+    "matplotlib": {"plot_style", "plot_svg", "plot_compare", "plot_depth", "plot_heat", "plot_layers", "plot_time", "plot_tokens", "gallery", "plot_series"},
     "pytorch_lightning": {"callbacks.lightning", "demo"},
     "lightning": {"callbacks.lightning"},
     "transformers": {"callbacks.huggingface"},
