@@ -6,13 +6,13 @@ import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
-from uuid import uuid4
 
-from gradflow.directories import new_directory, resume
-from gradflow.errors import RunError, UsageError
+from gradflow.errors import RunError
 from gradflow.recorder import Recorder, chosen_tables
 from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
+
+from .common import checked, chosen_directory, shielded, write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -84,9 +84,7 @@ class GradientFlowMonitor(_Callback):
         report: bool = True, log: bool = True, strict: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        for name, value in (("every_n_steps", every_n_steps), ("rows", rows)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"GradientFlowMonitor expected {name} to be an integer of at least 1, got {value!r}")
+        checked("GradientFlowMonitor", every_n_steps=every_n_steps, rows=rows)
         self.dirpath = dirpath
         self.every_n_steps = every_n_steps
         self.rows = rows
@@ -121,7 +119,7 @@ class GradientFlowMonitor(_Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the directory and make the recorder."""
-        if bool(getattr(trainer, "fast_dev_run", False)) or trainer.barebones:
+        if self._idle(trainer):
             self._recorder = None
             return
         run_id = self._resumed.get("run_id")
@@ -210,7 +208,7 @@ class GradientFlowMonitor(_Callback):
         if trainer.is_global_zero:
             self._guarded(lambda: self._watch.react(recorder.run, final=True))
             if self.report:
-                self._guarded(lambda: self._write_report(recorder))
+                self._guarded(lambda: write_report(recorder))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was found; what was measured is written."""
@@ -248,7 +246,7 @@ class GradientFlowMonitor(_Callback):
         chosen: tuple[str, str, str] = ("", "", "")
         if trainer.is_global_zero:
             try:
-                chosen = (*self._directory(path), "")
+                chosen = (*chosen_directory(path, self._resumed.get("run_id")), "")
             except Exception as error:  # noqa: BLE001 (the other ranks wait for the answer)
                 chosen = ("", "", f"{error}")
         directory, run_id, problem = trainer.strategy.broadcast(chosen)
@@ -260,15 +258,6 @@ class GradientFlowMonitor(_Callback):
             info={"world_size": trainer.world_size, "precision": str(trainer.precision)},
         )  # fmt: skip
 
-    def _directory(self, path: str) -> tuple[str, str]:
-        """Where to record, and the id of the run: that of the checkpoint if its run is found there."""
-        run_id = self._resumed.get("run_id")
-        found = resume(path, run_id) if run_id else None
-        if found is not None:
-            return found, str(run_id)
-        self._resumed = {}
-        return new_directory(path), uuid4().hex
-
     def _judge(self, trainer: Trainer) -> None:
         """Look for findings while training goes on, ever more rarely, on rank 0."""
         recorder = self._recorder
@@ -279,9 +268,17 @@ class GradientFlowMonitor(_Callback):
             trainer.should_stop = True
 
     def _stop_together(self, trainer: Trainer) -> None:
-        """With several ranks rank 0's wish to stop is shared where all of them come by, and acted on by all at once."""
-        if self._watch.reaction == "stop" and trainer.world_size > 1 and trainer.training and not trainer.sanity_checking:
-            trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+        """With several ranks rank 0's wish to stop is shared where all ranks come by, and acted on by all at once."""
+        if self._watch.reaction != "stop" or trainer.world_size == 1 or trainer.sanity_checking or self._idle(trainer):
+            return
+        stop = trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+        trainer.should_stop = trainer.should_stop or stop
+
+    @staticmethod
+    def _idle(trainer: Trainer) -> bool:
+        """Whether this is no training that is recorded, by what all ranks know alike."""
+        trial = bool(getattr(trainer, "fast_dev_run", False)) or bool(trainer.barebones)
+        return trial or str(trainer.state.fn) != "fit"
 
     def _logger(self, trainer: Trainer) -> Callable[[int, dict[str, float]], None]:
         def send(step: int, figures: dict[str, float]) -> None:
@@ -293,20 +290,5 @@ class GradientFlowMonitor(_Callback):
 
         return send
 
-    def _write_report(self, recorder: Recorder) -> None:
-        import gradflow
-
-        target = str(recorder.dirpath).rstrip("/") + "/report.html"
-        gradflow.report(recorder.run, target)
-        log.info("gradflow: %s", target)
-
     def _guarded(self, make: Callable[[], Any]) -> Any:
-        """A fault outside the recorder does not stop training either, and is told once in a training."""
-        try:
-            return make()
-        except Exception:
-            if self.strict:
-                raise
-            told = self._recorder is not None and self._recorder.stopped is not None
-            log.log(logging.DEBUG if told else logging.WARNING, "gradflow failed; training goes on", exc_info=True)
-            return None
+        return shielded(make, strict=self.strict, recorder=self._recorder)

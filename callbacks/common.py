@@ -1,0 +1,51 @@
+"""What the adapters have in common: options, the directory of a run, and faults outside the recorder."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from gradflow.directories import new_directory, resume
+from gradflow.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gradflow.recorder import Recorder
+
+log = logging.getLogger("gradflow")
+
+
+def checked(owner: str, **values: int) -> None:
+    """Refuse options that must be integers of at least 1 and are not."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"{owner} expected {name} to be an integer of at least 1, got {value!r}")
+
+
+def chosen_directory(path: str, run_id: str | None) -> tuple[str, str]:
+    """Where to record, and the id of the run: the one of that id if it is found there, else a new one."""
+    found = resume(path, run_id) if run_id else None
+    return (found, str(run_id)) if found is not None else (new_directory(path), uuid4().hex)
+
+
+def shielded(make: Callable[[], Any], *, strict: bool, recorder: Recorder | None) -> Any:
+    """A fault outside the recorder does not stop training either, and is told once in a training."""
+    try:
+        return make()
+    except Exception:
+        if strict:
+            raise
+        told = recorder is not None and recorder.stopped is not None
+        log.log(logging.DEBUG if told else logging.WARNING, "gradflow failed; training goes on", exc_info=True)
+        return None
+
+
+def write_report(recorder: Recorder) -> None:
+    """Write `report.html` into the run's directory."""
+    import gradflow
+
+    target = recorder.dirpath.rstrip("/") + "/report.html"
+    gradflow.report(recorder.run, target)
+    log.info("gradflow: %s", target)
