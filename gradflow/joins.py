@@ -15,7 +15,7 @@ from gradflow import families
 from gradflow.ancestry import Ancestry
 from gradflow.fused import fused_operands
 from gradflow.likeness import size, wide_dims
-from gradflow.paths import enters_by_itself, is_learned_twice
+from gradflow.paths import enters_by_itself, enters_otherwise, is_learned_twice
 from gradflow.sums import Sums, all_but_one
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class JoinFinder:
         self._nodes = graph.nodes
         self._roles = roles
         self._sums = Sums(graph, roles)
+        self._entered: dict[tuple[int, frozenset[int]], bool] = {}
         self.ancestry = Ancestry(roles, self._possible_forks())
 
     def run(self) -> list[Match]:
@@ -72,7 +73,7 @@ class JoinFinder:
         operands += [p for node in self._nodes for p in fused_operands(roles, node)]
         for operand in dict.fromkeys(operands):
             if self._nodes[operand].floating:
-                ways = (*roles.like.chain(operand), *self._behind_one_map(operand))
+                ways = (*roles.like.chain(operand), *(fork for fork, _ in self._behind_one_map(operand)))
                 forks.update(c for c in ways if len(roles.consumers[c]) > 1 or c in repeated)
         return forks
 
@@ -162,20 +163,20 @@ class JoinFinder:
 
     # ---------------------------------------------------------------- projections
 
-    def _behind_one_map(self, skip: int) -> Iterator[int]:
-        """What a skip comes from by one linear map, and besides it only norms and identity-like operations."""
+    def _behind_one_map(self, skip: int) -> Iterator[tuple[int, int]]:
+        """What a skip comes from by one linear map, and the map; besides it only norms and identity-like operations."""
         roles, nodes = self._roles, self._nodes
-        index, mapped = skip, False
+        index, mapped = skip, -1
         while True:
-            if mapped and roles.data[index]:
-                yield index
+            if mapped >= 0 and roles.data[index]:
+                yield index, mapped
             node = nodes[index]
             before = roles.like.identity_parent(index)
             if before is None and node.op in families.NORMS:
                 before = node.parents[0]
-            if before is None and not mapped and node.op in families.LINEAR_MAPS and roles.weights[index] is not None:
+            if before is None and mapped < 0 and node.op in families.LINEAR_MAPS and roles.weights[index] is not None:
                 signals = [p for p in node.parents if nodes[p].floating and not roles.weighty[p]]
-                before, mapped = (signals[0] if len(signals) == 1 else None), True
+                before, mapped = (signals[0] if len(signals) == 1 else None), index
             if before is None or not nodes[before].floating:
                 return
             index = before
@@ -185,13 +186,18 @@ class JoinFinder:
         shape = self._nodes[index].shape
         if any(self._nodes[operand].shape != shape for operand in (skip, *branches)):
             return None
-        for fork in self._behind_one_map(skip):
-            if self._weighed(fork, branches) and all(self._projects(fork, b) for b in branches):
+        for fork, mapped in self._behind_one_map(skip):
+            if self._weighed(fork, branches) and all(self._projects(fork, b, mapped) for b in branches):
                 return fork
         return None
 
-    def _projects(self, fork: int, branch: int) -> bool:
-        return bool(self._direct[branch] & self.ancestry.bit[fork]) and is_learned_twice(self._roles, fork, branch)
+    def _projects(self, fork: int, branch: int, mapped: int) -> bool:
+        if not self._direct[branch] & self.ancestry.bit[fork]:
+            return False
+        weights = fork, self._roles.roots(self._roles.weights[mapped] or ())
+        if weights not in self._entered:
+            self._entered[weights] = enters_otherwise(self._roles, fork, mapped)
+        return self._entered[weights] and is_learned_twice(self._roles, fork, branch, mapped)
 
     # ---------------------------------------------------------------- what is no join after all
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gradflow.ancestry import Ancestry
     from gradflow.records import Addend, Graph
     from gradflow.roles import Roles
 
@@ -20,7 +21,7 @@ class Label(NamedTuple):
 
 
 def name_branches(
-    graph: Graph, roles: Roles, joins: Sequence[tuple[int, int, tuple[Addend, ...]]]
+    graph: Graph, roles: Roles, ancestry: Ancestry, joins: Sequence[tuple[int, int, tuple[Addend, ...]]]
 ) -> list[tuple[str, list[Label]]]:
     """For every join (node, fork, addends): its name, and the labels of its branches."""
     in_call = Counter(graph.nodes[node].call for node, _, _ in joins)
@@ -30,7 +31,8 @@ def name_branches(
     named = []
     stops = {node: graph.nodes[node].call for node, _, _ in joins}
     makers = [
-        [_makers(graph, roles, node, fork, addend.node, stops) for addend in addends] for node, fork, addends in joins
+        [_makers(graph, roles, ancestry, (node, fork, addend.node), stops) for addend in addends]
+        for node, fork, addends in joins
     ]
     children = {parts[0] for several in makers for parts in several if len(parts) == 1}
     for (node, _, addends), several, grad in zip(joins, makers, with_grad, strict=True):
@@ -85,20 +87,23 @@ def common_path(paths: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def _makers(graph: Graph, roles: Roles, join: int, fork: int, branch: int, stops: dict[int, int]) -> list[str]:
+def _makers(
+    graph: Graph, roles: Roles, ancestry: Ancestry, place: tuple[int, int, int], stops: dict[int, int]
+) -> list[str]:
     """Paths of the outermost modules called in the join's forward (else: the parameters) that the branch passes.
 
-    Going back from the branch, a join evaluated outside the modules that this forward calls (`stops`) is where the
-    branch begins, even if the fork lies before it, as in reversible blocks.
+    `place` is join, fork and branch. Going back from the branch, a join evaluated outside the modules that this forward
+    calls (`stops`) is where the branch begins, even if the fork lies before it, as in reversible blocks.
     """
-    call = graph.nodes[join].call
-    scope = graph.nodes[join].scope
-    within = set(roles.between(fork, branch))
+    join, fork, branch = place
+    call, scope = graph.nodes[join].call, graph.nodes[join].scope
+    bit = ancestry.bit[fork]
     queue, seen = [branch], {branch}
     order: list[int] = []
     while queue:
         index = queue.pop()
-        if index not in within or (index in stops and not _below(graph, stops[index], call)):
+        outside = not ancestry.ancestors[index] & bit
+        if outside or (index in stops and not _below(graph, stops[index], call)):
             continue
         order.append(index)
         new = [p for p in graph.nodes[index].parents if p not in seen]
@@ -110,7 +115,7 @@ def _makers(graph: Graph, roles: Roles, join: int, fork: int, branch: int, stops
         if roles.weights[index] is not None
     ]
     if not found and stops:
-        return _makers(graph, roles, join, fork, branch, {})
+        return _makers(graph, roles, ancestry, place, {})
     return list(dict.fromkeys(found))
 
 

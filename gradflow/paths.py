@@ -60,14 +60,21 @@ def begins_with_norm(roles: Roles, fork: int, branch: int) -> bool:
     return normed
 
 
-def is_learned_twice(roles: Roles, fork: int, branch: int) -> bool:
-    """Whether some way from the fork to the branch is learned, nonlinear, and learned again, gates not counted."""
+def is_learned_twice(roles: Roles, fork: int, branch: int, skip: int) -> bool:
+    """Whether some way from the fork to the branch is learned, nonlinear, and learned again.
+
+    Ways through a gate do not count, nor do those through the weight of the skip's own map: there the fork is an input
+    that a recurrence takes in at every step.
+    """
+    own = roles.roots(roles.weights[skip] or ())
     states = {fork: _PLAIN}
     for index in roles.between(fork, branch):
         node = roles.nodes[index]
         ways = [p for p in dict.fromkeys(node.parents) if p in states]
         if roles.weights[index] is not None and node.op in families.WEIGHTED:
             ways = [p for p in ways if p == node.parents[0]]
+        if own and not own.isdisjoint(roles.roots(roles.weights[index] or ())):
+            ways = []
         elif node.op == "mul" and len(node.parents) > 1:
             ways = [p for p in ways if not _is_gate(roles, p)] or ([] if len(ways) < 2 else ways)
         state = 0
@@ -76,6 +83,20 @@ def is_learned_twice(roles: Roles, fork: int, branch: int) -> bool:
         if state:
             states[index] = _after(roles, index, state, len(ways))
     return bool(states.get(branch, 0) & _TWICE)
+
+
+def enters_otherwise(roles: Roles, fork: int, skip: int) -> bool:
+    """Whether a tensor is read by anything but operations with the weights of the skip's map."""
+    own = roles.roots(roles.weights[skip] or ())
+    queue = [fork]
+    while queue:
+        index = queue.pop()
+        for consumer in roles.consumers[index]:
+            if roles.like.identity_parent(consumer) == index:
+                queue.append(consumer)
+            elif own.isdisjoint(roles.roots(roles.weights[consumer] or ())):
+                return True
+    return not own
 
 
 def _is_gate(roles: Roles, index: int) -> bool:

@@ -8,7 +8,7 @@ from gradflow.fused import fused_sums
 from gradflow.joins import JoinFinder
 from gradflow.naming import name_branches
 from gradflow.paths import begins_with_norm
-from gradflow.records import Branch, Join, Structure
+from gradflow.records import Branch, Join, Problem, Structure
 from gradflow.roles import Roles
 from gradflow.streams import find_streams, is_post_norm
 
@@ -25,7 +25,7 @@ def analyse(graph: Graph) -> Structure:
     roles = Roles(graph.nodes)
     finder = JoinFinder(graph, roles)
     matches = finder.run()
-    names = name_branches(graph, roles, [(m.node, m.fork, m.addends) for m in matches])
+    names = name_branches(graph, roles, finder.ancestry, [(m.node, m.fork, m.addends) for m in matches])
     depths = _depths(graph, {m.node for m in matches})
     forks = [m.fork for m in matches]
     joins = [
@@ -33,7 +33,10 @@ def analyse(graph: Graph) -> Structure:
         for match, (name, labels) in zip(matches, names, strict=True)
     ]
     joins, streams = find_streams(graph, roles, joins)
-    return Structure(tuple(joins), streams, (*graph.problems, *fused_sums(roles, finder.ancestry)))
+    problems = [*graph.problems, *fused_sums(roles, finder.ancestry)]
+    if roles.exhausted:
+        problems.append(Problem("long ways", "", "so many sums reach far back that not all could be looked into"))
+    return Structure(tuple(joins), streams, tuple(problems))
 
 
 def _join(

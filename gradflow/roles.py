@@ -8,10 +8,11 @@ from gradflow import families
 from gradflow.likeness import Likeness, wide_dims
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from gradflow.records import Node
 
+_VISITS = 1_000_000
 _QKV = 3  # operands of attention before its weights: query, key, value
 
 
@@ -43,6 +44,7 @@ class Roles:
         self._slices: dict[tuple[str, int, str], int] = {}
         self.like = Likeness(self)
         self._between: dict[tuple[int, int], list[int]] = {}
+        self._visits = 0
         for node in nodes:
             self._add(node)
 
@@ -93,14 +95,15 @@ class Roles:
     def between(self, start: int, end: int) -> list[int]:
         """Nodes on the ways from `start` to `end`, `end` included, in order."""
         known = self._between.get((start, end))
-        if known is not None:
-            return known
+        if known is not None or self.exhausted:
+            return known or []
         queue, seen = [end], {end}
         while queue:
             for parent in self.sources(queue.pop()):
                 if parent > start and parent not in seen:
                     seen.add(parent)
                     queue.append(parent)
+        self._visits += len(seen)
         reached = {start}
         found = []
         for index in sorted(seen):
@@ -109,6 +112,11 @@ class Roles:
                 found.append(index)
         self._between[start, end] = found
         return found
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether looking further would take minutes: thousands of sums that each reach back over the whole pass."""
+        return self._visits > _VISITS
 
     def depends(self, index: int, on: int) -> bool:
         """Whether a node's values come from another node's."""
@@ -140,6 +148,16 @@ class Roles:
         floats = [p for p in node.parents if self.nodes[p].floating]
         weights = frozenset(p for p in floats if self.weighty[p] and wide_dims(self.nodes[p].shape) > 1)
         return weights if weights and not all(self.weighty[p] for p in floats) else None
+
+    def roots(self, weights: Iterable[int]) -> frozenset[int]:
+        """The tensors that weights are views of."""
+        found = []
+        for weight in weights:
+            root = weight
+            while len(self.nodes[root].parents) == 1:
+                root = self.nodes[root].parents[0]
+            found.append(root)
+        return frozenset(found)
 
     def is_fixed_filter(self, node: Node) -> bool:
         """A convolution with a buffer or a computed kernel: blurring, resampling; no learned operation."""
