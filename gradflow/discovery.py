@@ -81,9 +81,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module.training = flag
             for module, name, buffer, copy in buffers:
                 module._buffers[name] = buffer  # noqa: SLF001
-                if buffer is not None and copy is not None and _changed(buffer, copy[1]):
-                    with torch.no_grad():
-                        buffer.copy_(copy[0])
+                if buffer is not None and copy is not None and not _equal(buffer, copy):
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.data.copy_(copy)
             for parameter, requires_grad, grad in parameters:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
@@ -91,15 +91,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     parameter.grad = grad
 
 
-def _copied(buffer: Tensor | None) -> tuple[Tensor, int] | None:
-    """A buffer's values and version; None where there are no values to keep."""
+def _copied(buffer: Tensor | None) -> Tensor | None:
+    """A buffer's values; None where there are no values to keep."""
     if buffer is None or buffer.is_meta or isinstance(buffer, nn.UninitializedBuffer):
         return None
-    return buffer.detach().clone(), -1 if buffer.is_inference() else buffer._version  # noqa: SLF001
+    return buffer.detach().clone()
 
 
-def _changed(buffer: Tensor, version: int) -> bool:
-    return not buffer.is_inference() and buffer._version != version  # noqa: SLF001
+def _equal(buffer: Tensor, copy: Tensor) -> bool:
+    """Whether nothing changed. Version counters do not tell: batch norm updates its statistics past them."""
+    return buffer.layout == torch.strided and torch.equal(buffer, copy)
 
 
 @contextlib.contextmanager

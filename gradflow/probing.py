@@ -139,15 +139,16 @@ def _own_gradients(model: nn.Module, inputs: Iterable[Tensor]) -> Iterator[None]
     given = [(tensor, tensor.grad) for tensor in inputs if tensor.is_leaf and tensor.requires_grad]
     for tensor, _ in given:
         tensor.grad = None
-    hooked = [(p, p._post_accumulate_grad_hooks) for p in model.parameters() if p._post_accumulate_grad_hooks]  # noqa: SLF001
+    hooked = [p._post_accumulate_grad_hooks for p in model.parameters() if p._post_accumulate_grad_hooks]  # noqa: SLF001
+    kept = [dict(hooks) for hooks in hooked]
     for parameter in model.parameters():
         parameter.grad = None
-    for parameter, _ in hooked:
-        parameter._post_accumulate_grad_hooks = None  # noqa: SLF001
+    for hooks in hooked:
+        hooks.clear()
     try:
         yield
     finally:
         for tensor, gradient in given:
             tensor.grad = gradient
-        for parameter, hooks in hooked:
-            parameter._post_accumulate_grad_hooks = hooks  # noqa: SLF001
+        for hooks, before in zip(hooked, kept, strict=True):
+            hooks.update(before)

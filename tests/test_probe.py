@@ -75,11 +75,11 @@ def test_the_model_is_left_as_found(prepare):
 
 
 def test_the_model_is_left_as_found_when_it_raises():
-    model = net()
+    model, x = net(), torch.randn(8, 4)
     model.append(nn.Linear(5, 5))
     before = state(model)
     with pytest.raises(RuntimeError, match="shapes"):
-        gradflow.probe(model, torch.randn(8, 4))
+        gradflow.probe(model, x)
     assert same(before, state(model))
 
 
