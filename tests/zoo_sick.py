@@ -111,7 +111,7 @@ def _loud_wpe(model, value=300.0):
     return model
 
 
-def _faint(model, factor=0.006):
+def _faint(model, factor=0.004):
     """Every sublayer's output multiplied by a small constant."""
     for block in model.encoder.blocks:
         block.attention = After(block.attention, lambda y: factor * y)
@@ -210,11 +210,11 @@ BRANCHES = {
         "silent-branch", r"cells\.4", _res.but(model=lambda: ResidualNet(7, special={4: {"factor": 1e-6}})),
         proof.branch("cells.4", below=1e-3), "last layer|factor|gain", {"model": lambda: ResidualNet(7)},
     ),
-    "decayed-branch": Case(
-        "silent-branch", r"cells\.1", _res.but(
-            model=lambda: ResidualNet(5), optimizer=SGD, lr=0.05, steps=200,
-            parameters=lambda m: [{"params": m.cells[1].parameters(), "weight_decay": 19.0}, {"params": [p for n, p in m.named_parameters() if "cells.1." not in n]}],
-        ), proof.branch("cells.1", below=1e-3), "weight decay", {"parameters": None}, since=40,
+    "decayed-gates": Case(
+        "silent-branch", r"cells", _res.but(
+            model=lambda: ResidualNet(5, gate=1.0), optimizer=SGD, lr=0.05, steps=200,
+            parameters=lambda m: [{"params": [p for n, p in m.named_parameters() if "gate" in n], "weight_decay": 19.0}, {"params": [p for n, p in m.named_parameters() if "gate" not in n]}],
+        ), proof.branch("cells.1", below=1e-3), "weight decay", {"parameters": None},
     ),
     "residual-dominant": Case(
         "dominant-branch", r"cells\.4", _res.but(model=lambda: multiplied(ResidualNet(8), ("cells.4.fc2",), 90.0)),
@@ -232,9 +232,9 @@ BRANCHES = {
         "inert-depth", r"blocks", _text.but(model=lambda: _faint(transformer(5)), steps=420, every=60, lr=1e-4),
         proof.kept([f"encoder.blocks.{i}" for i in range(5)], above=0.9995), "scale|larger", {"model": lambda: transformer(5)},
     ),
-    "gpt2-detached": Case(
-        "blocked-gradient", r"h\.[23]", _gpt.but(model=lambda: after(library("gpt2"), "transformer.h.2", detached), lr=3e-3, steps=140),
-        proof.no_gradient("transformer.h.2.", "transformer.h.2"), "detach", {"model": lambda: library("gpt2")},
+    "convnext-detached": Case(
+        "blocked-gradient", r"blocks\.[45]", Setup(lambda: after(_conv_net(scale=1.0)(), "blocks.4", detached), pictures, lr=2e-3),
+        proof.no_gradient("blocks.4.", "blocks.4"), "detach", {"model": _conv_net(scale=1.0)},
     ),
     "resnet-detached": Case(
         "blocked-gradient", r"layers\.1", _resnet.but(model=lambda: ResNet(cut=True)),

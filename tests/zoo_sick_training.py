@@ -81,7 +81,7 @@ def _negative_log(eps):
 
 NUMBERS = {
     "spiky-residual": Case(
-        "gradient-spike", r".", _res.but(corrupt=_louder(60, 20.0), every=10, model=lambda: ResidualNet(4, norm=False, final=False, factor=0.3), steps=120),
+        "gradient-spike", r".", _res.but(corrupt=_louder(60, 40.0), every=10, model=lambda: ResidualNet(4, norm=False, final=False, factor=0.3), steps=120),
         proof.spiked(60, above=20), "[Cc]lip", clip_said, since=60,
     ),
     "spiky-regression": Case(

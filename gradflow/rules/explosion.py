@@ -33,6 +33,8 @@ SPIKE = Threshold(
 )
 JUMP = 3.0
 """Times its median that an update may be: clipping at twice the usual norm allows twice."""
+DAMPED = 0.6
+"""Part of its median that updates after a spike keep; less says that it filled Adam's second moment."""
 UNHARMED = 0.2
 """Rise of the loss after a spike, over its level before, that is within noise."""
 PAST = 20
@@ -199,7 +201,7 @@ def _tamed(view: View, at: int) -> bool:
     usual, then = float(running_median(update)[at]), float(median(update[after]))
     level = float(running_median(loss)[at])
     recovered = float(median(loss[after])) < level + UNHARMED * abs(level)
-    return usual > 0 and float(update[at]) < JUMP * usual and then > usual / 2 and recovered
+    return usual > 0 and float(update[at]) < JUMP * usual and then > DAMPED * usual and recovered
 
 
 def spikes(view: View) -> list[Finding]:
