@@ -278,7 +278,7 @@ class GradientFlowMonitor(_Callback):
     def _idle(trainer: Trainer) -> bool:
         """Whether this is no training that is recorded, by what all ranks know alike."""
         trial = bool(getattr(trainer, "fast_dev_run", False)) or bool(trainer.barebones)
-        return trial or str(trainer.state.fn) != "fit"
+        return trial or trainer.state.fn != "fit"
 
     def _logger(self, trainer: Trainer) -> Callable[[int, dict[str, float]], None]:
         def send(step: int, figures: dict[str, float]) -> None:

@@ -99,6 +99,12 @@ def complete(meta: Mapping[str, Any], problems: list[str]) -> Meta:
         if not isinstance(full[key], (list, tuple)):
             problems.append(f"{FILE}: {key} should be a list, got {type(full[key]).__name__}; read as empty")
             full[key] = []
+    for key in ("optimizers", "problems"):
+        whole = [entry for entry in full[key] if isinstance(entry, Mapping)]
+        if len(whole) < len(full[key]):
+            problems.append(f"{FILE}: {len(full[key]) - len(whole)} of {key} left out: not objects")
+            full[key] = whole
+    full["optimizers"] = [{**entry, "groups": _objects(entry.get("groups"))} for entry in full["optimizers"]]
     if not isinstance(full["config"], Mapping):
         problems.append(f"{FILE}: config should be an object, got {type(full['config']).__name__}; read as empty")
         full["config"] = {}
@@ -106,6 +112,10 @@ def complete(meta: Mapping[str, Any], problems: list[str]) -> Meta:
         problems.append(f"{FILE}: world_size should be 1 or more, got {full['world_size']!r}; read as 1")
         full["world_size"] = 1
     return full
+
+
+def _objects(entries: Any) -> list[Mapping[str, Any]]:
+    return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, (list, tuple)) else []
 
 
 def branches(meta: Meta, problems: list[str]) -> list[Branch]:

@@ -28,12 +28,13 @@ def measurable(x: Tensor) -> Tensor | None:
 
 
 def _part(x: Any) -> Tensor | None:
-    """This rank's part of a `DTensor`."""
+    """This rank's part of a `DTensor`, or the result of a collective of the model's own that is still under way."""
     distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is None or not isinstance(x, distributed.DTensor):
+    if distributed is None:
         return None
-    if any(placement.is_partial() for placement in x.placements):
-        return None
-    part: Tensor = x.to_local()
-    wait = getattr(part, "wait", None)  # a collective of the model's own that is still under way
-    return part if wait is None else wait()
+    if isinstance(x, distributed.DTensor):
+        if any(placement.is_partial() for placement in x.placements):
+            return None
+        x = x.to_local()
+    part: Tensor = x.wait() if type(x).__name__ == "AsyncCollectiveTensor" else x
+    return part

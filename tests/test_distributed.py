@@ -79,8 +79,8 @@ def test_two_ranks_record_what_one_process_records(case, root):
     for table, columns in SUMS.items():
         if table == "layers" and "fsdp" in case:
             continue  # the wrapped module's output is a view of another shape
-        names = lambda run: [tuple(row[key] for key in ("step", *KEYS[table])) for row in run.table(table).to_pylist()]
-        assert names(two) == names(one), table
+        names = lambda run: [tuple(row[key] for key in ("step", *KEYS[table])) for row in run.table(table).to_pylist() if row.get("depth") != 0]
+        assert names(two) == names(one), table  # wrappers hand the stream's start on, and with it the name of that point
         for column in columns:
             expected, found = (run.table(table)[column].to_pylist() for run in (one, two))
             assert found == [None if x is None else pytest.approx(x, rel=2e-3, abs=1e-4 if column == "out_sum" else 1e-9) for x in expected], (table, column)
