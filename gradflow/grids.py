@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gradflow.merging import distinct
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -31,6 +33,9 @@ KEYS = {
     "streams": ("stream", "point"),
 }
 
+MOST_KEPT = 100_000_000
+"""Bytes of columns that a view keeps for the next picture; a column of 5 million rows has 40 million."""
+
 
 class Tables(Protocol):
     """What a picture needs of a run; `gradflow.Run` is one."""
@@ -44,8 +49,8 @@ class Tables(Protocol):
     def steps(self) -> list[int]:
         """Sampled steps, sorted."""
 
-    def table(self, name: str, /) -> pa.Table:
-        """Raw and derived columns of one table, sorted by step."""
+    def columns(self, name: str, wanted: Sequence[str], /, *, since: int | None = None) -> pa.Table:
+        """Some columns of one table, of the steps from `since` on, sorted by step; names may come encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,10 @@ class Grid:
         """The same with some of the names only, in the given order."""
         index = np.asarray(keep, dtype=np.int64)
         return Grid(self.steps, tuple(self.names[i] for i in index), self.values[:, index], self.broken[:, index])
+
+    def at(self, steps: slice) -> Grid:
+        """The same at some of the steps only."""
+        return Grid(self.steps[steps], self.names, self.values[steps], self.broken[steps])
 
     def named(self, **key: str) -> Grid:
         """The names whose first part is `first`, such as the points of one stream."""
@@ -134,33 +143,61 @@ class View:
         self.branches, self.layers = run.branches, run.layers
         self.streams, self.parameters = run.streams, run.parameters
         self.steps = run.steps  # found anew at each reading
-        self._tables: dict[str, pa.Table] = {}
-        self._places: dict[str, tuple[Ints | None, tuple[tuple[str, ...], ...]]] = {}
+        self._columns: dict[tuple[str, str], pa.ChunkedArray] = {}
+        self._known: dict[tuple[str, str], bool] = {}
+        self._places: dict[tuple[str, int | None], tuple[Ints | None, tuple[tuple[str, ...], ...]]] = {}
 
     @classmethod
     def of(cls, run: Tables) -> View:
         """The run's view: `run` itself where it is one."""
         return run if isinstance(run, View) else cls(run)
 
-    def table(self, name: str, /) -> pa.Table:
-        """The run's table, read once."""
-        if name not in self._tables:
-            self._tables[name] = self.run.table(name)
-        return self._tables[name]
+    def columns(self, name: str, wanted: Sequence[str], /, *, since: int | None = None) -> pa.Table:
+        """The run's columns, those that were read last without reading them again."""
+        if since is not None:
+            return self.run.columns(name, wanted, since=since)
+        return pa.table([self._column(name, column) for column in wanted], names=list(wanted))
+
+    def _column(self, table: str, column: str) -> pa.ChunkedArray:
+        key = (table, column)
+        found = self._columns.pop(key, None)
+        if found is None:
+            found = self.run.columns(table, [column])[column]
+            while self._columns and sum(kept.nbytes for kept in self._columns.values()) + found.nbytes > MOST_KEPT:
+                del self._columns[next(iter(self._columns))]
+        self._columns[key] = found  # those read last stand last
+        return found
 
     def has(self, table: str, column: str) -> bool:
         """Whether the column holds anything."""
-        frame = self.table(table)
-        return bool(column in frame.column_names and frame[column].null_count < frame.num_rows)
+        if (table, column) not in self._known:
+            values = self._column(table, column)
+            self._known[table, column] = values.null_count < len(values)
+        return self._known[table, column]
 
     def grid(self, table: str, column: str) -> Grid:
-        """The column as a matrix of step by name; empty where the table has no such column."""
-        place, names = self._place(table)
-        shape = (len(self.steps), len(names))
-        steps = np.asarray(self.steps, dtype=np.int64)
+        """The column as a matrix of step by name; empty where nothing of it was recorded."""
         if not self.has(table, column):
+            return self._grid(table, None, None)
+        return self._grid(table, self._column(table, column), None)
+
+    def last(self, table: str, column: str) -> Grid:
+        """The last step at which anything of the column was recorded: a grid of one row, of none where nothing was."""
+        if self.steps:  # the rows of one step are read in no time, and mostly hold it
+            since = self.steps[-1]
+            grid = self._grid(table, self.run.columns(table, [column], since=since)[column], since)
+            if not grid.empty:
+                return grid
+        grid = self.grid(table, column)
+        seen = np.flatnonzero((np.isfinite(grid.values) | grid.broken).any(axis=1))
+        return grid.at(slice(seen[-1], seen[-1] + 1) if seen.size else slice(0, 0))
+
+    def _grid(self, table: str, data: pa.ChunkedArray | None, since: int | None) -> Grid:
+        place, names = self._place(table, since)
+        steps = np.asarray([step for step in self.steps if since is None or step >= since], dtype=np.int64)
+        shape = (len(steps), len(names))
+        if data is None:
             return Grid(steps, names, np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_))
-        data = self.table(table)[column]
         numbers = data.to_numpy().astype(np.float64, copy=False)
         finite = np.isfinite(numbers)
         broken = ~finite & data.is_valid().to_numpy() if not finite.all() else ~finite
@@ -173,24 +210,22 @@ class View:
 
     def series(self, column: str) -> tuple[Ints, Floats]:
         """A column of the `steps` table against the step, shapes (step,) both; NaN where it is null."""
-        frame = self.table("steps")
-        if column not in frame.column_names:
-            return np.empty(0, dtype=np.int64), np.empty(0)
+        frame = self.columns("steps", ["step", column])
         return frame["step"].to_numpy().astype(np.int64), frame[column].to_numpy().astype(np.float64)
 
-    def _place(self, table: str) -> tuple[Ints | None, tuple[tuple[str, ...], ...]]:
+    def _place(self, table: str, since: int | None) -> tuple[Ints | None, tuple[tuple[str, ...], ...]]:
         """(cell of each row, counted row by row; names). None for the cells where the rows fill the grid in order."""
-        if table not in self._places:
-            frame = self.table(table)
-            steps = np.searchsorted(np.asarray(self.steps, dtype=np.int64), frame["step"].to_numpy())
+        if (table, since) not in self._places:
+            frame = self.run.columns(table, ["step", *KEYS[table]], since=since)
+            known = np.asarray([step for step in self.steps if since is None or step >= since], dtype=np.int64)
             codes, names = _codes([frame[key] for key in KEYS[table]])
             order = self._in_order(table, names)
             rank = np.empty(len(order), dtype=np.int64)
             rank[order] = np.arange(len(order))
-            place = steps * len(order) + rank[codes]
-            whole = len(place) == len(self.steps) * len(order) and bool((place == np.arange(len(place))).all())
-            self._places[table] = (None if whole else place, tuple(names[i] for i in order))
-        return self._places[table]
+            place = np.searchsorted(known, frame["step"].to_numpy()) * len(order) + rank[codes]
+            whole = len(place) == len(known) * len(order) and bool((place == np.arange(len(place))).all())
+            self._places[table, since] = (None if whole else place, tuple(names[i] for i in order))
+        return self._places[table, since]
 
     def _in_order(self, table: str, names: tuple[tuple[str, ...], ...]) -> list[int]:
         """The keys in the order of the model; what `run.json` does not list follows as it appeared."""
@@ -212,16 +247,15 @@ def _codes(columns: list[pa.ChunkedArray]) -> tuple[Ints, tuple[tuple[str, ...],
     code, width = np.zeros(rows, dtype=np.int64), 1
     dictionaries: list[list[str]] = []
     for column in columns:
-        encoded = pc.dictionary_encode(column).combine_chunks()
+        encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column)
+        encoded = encoded.unify_dictionaries().combine_chunks()
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
         values = encoded.dictionary.to_pylist()
         code = code * max(1, len(values)) + encoded.indices.to_numpy().astype(np.int64)
         width *= max(1, len(values))
         dictionaries.append(values)
-    if len(columns) == 1:  # a dictionary already counts in order of first appearance
-        return code, tuple((value,) for value in dictionaries[0])
-    seen, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    seen, first, inverse = distinct(code, width)
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))

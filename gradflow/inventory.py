@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -145,20 +145,25 @@ def _figures(
     view: View, table: str, columns: tuple[tuple[str, str], ...]
 ) -> tuple[dict[tuple[str, ...], tuple[str, ...]], int | None]:
     """Figures of each thing at the table's last step, as text, by key."""
-    grids = [view.grid(table, column) for column, _ in columns]
-    last = max((steps[-1] for grid in grids if (steps := grid.recorded_steps())), default=None)
+    rows = [view.last(table, column) for column, _ in columns]
+    last = max((int(row.steps[0]) for row in rows if len(row.steps)), default=None)
     if last is None:
         return {}, None
-    at = int(np.searchsorted(grids[0].steps, last))
-    texts: list[list[str]] = [[_cell(grid, at, i) for grid in grids] for i in range(len(grids[0].names))]
-    return {name: tuple(text) for name, text in zip(grids[0].names, texts, strict=True)}, last
+    # The names of a table may be more over the whole run than at its last step.
+    figures: dict[tuple[str, ...], list[str]] = {}
+    for place, row in enumerate(rows):
+        if len(row.steps) and row.steps[0] == last:
+            for name, text in zip(row.names, _texts(row), strict=True):
+                figures.setdefault(name, [MISSING] * len(rows))[place] = text
+    return {name: tuple(texts) for name, texts in figures.items()}, last
 
 
-def _cell(grid: Grid, step: int, name: int) -> str:
-    if grid.broken[step, name]:
-        return "not finite"
-    value: Any = grid.values[step, name]
-    return MISSING if np.isnan(value) else number(float(value))
+def _texts(row: Grid) -> tuple[str, ...]:
+    """The figures of a grid of one step."""
+    return tuple(
+        "not finite" if broken else MISSING if np.isnan(value) else number(float(value))
+        for value, broken in zip(row.values[0], row.broken[0], strict=True)
+    )
 
 
 def _blank(columns: tuple[tuple[str, str], ...]) -> tuple[str, ...]:

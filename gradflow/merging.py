@@ -6,6 +6,7 @@ millions of rows take a second and no Python loop runs over rows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,31 +23,80 @@ Integers = npt.NDArray[np.int64]
 Key = tuple[str, ...]
 
 
-def arrange(
-    table: str, rows: pa.Table, order: Sequence[Key], *, world_size: int = 1, per_rank: bool = False
-) -> pa.Table:
-    """Return the rows of a table sorted by step, then by `order`; merged over ranks unless `per_rank`.
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How the rows of a table are sorted and merged; found from its keys, applied to any of its columns.
+
+    Attributes:
+        table: Name of the table; `schema.TABLES` says how each of its columns merges.
+        sorting: Rows to take, in order; None where they stand as they shall.
+        starts: First row of each group that becomes one, after sorting; None where each row stays one.
+        merges: Whether ranks are merged.
+        world_size: Ranks of the run: merged sums of activation gradients are divided by its square.
+    """
+
+    table: str
+    sorting: Integers | None
+    starts: Integers | None
+    merges: bool
+    world_size: int
+
+    def apply(self, rows: pa.Table) -> pa.Table:
+        """Return the rows, of any raw columns of the table, sorted and merged."""
+        if self.sorting is not None:
+            rows = rows.take(pa.array(self.sorting))
+        if not self.merges:
+            return rows
+        known = {column.name: column for column in TABLES[self.table]}
+        merged = [self._merged(known[name], rows[name]) for name in rows.column_names]
+        return pa.table(merged, names=rows.column_names)
+
+    def _merged(self, column: Column, values: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+        if column.name == "rank":
+            return pa.array(np.zeros(len(values) if self.starts is None else len(self.starts), dtype=np.int64))
+        if self.starts is not None:
+            is_key = column.merge == "key"
+            values = values.take(pa.array(self.starts)) if is_key else _reduce(column, values, self.starts)
+        if column.merge == "grad_sum" and self.world_size > 1:
+            values = pc.divide(values, float(self.world_size) ** 2)
+        return values
+
+
+def plan(
+    table: str, keys: pa.Table, order: Sequence[Key], *, world_size: int = 1, per_rank: bool = False
+) -> Arrangement:
+    """Return how the rows of a table are sorted by step, then by `order`, and merged over ranks unless `per_rank`.
 
     Args:
-        table: Name of the table; `schema.TABLES` says how each of its columns merges.
-        rows: Raw columns; where rank, step and key are equal the later row wins.
+        table: Name of the table.
+        keys: Its columns `step`, `rank` and those of its keys; where they are equal the later row wins.
         order: The keys (`(branch,)`, `(stream, point)`, ...) in the order wanted; keys not listed follow in the order
             in which they appear.
-        world_size: Ranks of the run: merged sums of activation gradients are divided by its square.
+        world_size: Ranks of the run.
         per_rank: Keep one row a rank (sorted by rank last) with the sums as that rank measured them.
     """
-    codes = key_codes(table, rows, order)
-    ranks = np.unique(_integers(rows["rank"]), return_inverse=True)[1].astype(np.int64)
-    group = _combine([_integers(rows["step"]), codes])
-    row = _combine([group, ranks])
+    ranks = _integers(keys["rank"])
+    group = _combine([_integers(keys["step"]), key_codes(table, keys, order)])
+    row = group
+    if len(ranks) and (ranks != ranks[0]).any():
+        row = _combine([group, np.unique(ranks, return_inverse=True)[1].astype(np.int64)])
+    sorting = None
     if len(row) > 1 and not (row[1:] > row[:-1]).all():
         sorting = np.argsort(row, kind="stable")
         same_as_next = np.append(row[sorting][1:] == row[sorting][:-1], False)
         sorting = sorting[~same_as_next]
-        rows, group = rows.take(pa.array(sorting)), group[sorting]
-    if not per_rank:
-        rows = _merge(table, rows, group, world_size)
-    return rows
+        group = group[sorting]
+    starts = None if per_rank else np.flatnonzero(np.append(True, group[1:] != group[:-1])[: len(group)])
+    return Arrangement(
+        table, sorting, None if starts is None or len(starts) == len(group) else starts, not per_rank, world_size
+    )
+
+
+def arrange(
+    table: str, rows: pa.Table, order: Sequence[Key], *, world_size: int = 1, per_rank: bool = False
+) -> pa.Table:
+    """Return the rows of a table as its `plan` has them."""
+    return plan(table, rows, order, world_size=world_size, per_rank=per_rank).apply(rows)
 
 
 def key_codes(table: str, rows: pa.Table, order: Sequence[Key]) -> Integers:
@@ -63,10 +113,23 @@ def key_codes(table: str, rows: pa.Table, order: Sequence[Key]) -> Integers:
     if len(names) == 1:  # the dictionary is already the list of distinct keys, as they appear
         present, inverse = np.arange(len(dictionaries[0])), flat
     else:
-        present, first, inverse = np.unique(flat, return_index=True, return_inverse=True)
+        present, first, inverse = distinct(flat, int(np.prod([len(one) for one in dictionaries])))
         appearance = np.argsort(first)
         present, inverse = present[appearance], np.argsort(appearance)[inverse]
     return _places(present, dictionaries, order)[inverse]
+
+
+def distinct(codes: Integers, size: int) -> tuple[Integers, Integers, Integers]:
+    """Distinct codes below `size`, where each stands first, and which of them each row has, as `numpy.unique` does."""
+    if size > 4 * len(codes) + 1_000_000:  # a table of all codes would be larger than the rows
+        found, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+        return found, first, inverse
+    first = np.full(size, len(codes), dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last write wins: each code's first row
+    found = np.flatnonzero(first < len(codes))
+    place = np.zeros(size, dtype=np.int64)
+    place[found] = np.arange(len(found))
+    return found, first[found], place[codes]
 
 
 def _places(present: Integers, dictionaries: list[list[str]], order: Sequence[Key]) -> Integers:
@@ -101,25 +164,6 @@ def _combine(columns: Sequence[Integers]) -> Integers:
             result = np.unique(result, return_inverse=True)[1].astype(np.int64)
         result = result * spread + (column - (column.min() if len(column) else 0))
     return result
-
-
-def _merge(table: str, rows: pa.Table, group: Integers, world_size: int) -> pa.Table:
-    """Rows of equal `group`, which stand together, into one."""
-    starts = np.flatnonzero(np.append(True, group[1:] != group[:-1])) if len(group) else np.zeros(0, dtype=np.int64)
-    several = len(starts) < rows.num_rows
-    merged = []
-    for column in TABLES[table]:
-        values = rows[column.name]
-        if column.name == "rank":
-            values = pa.array(np.zeros(len(starts), dtype=np.int64))
-        elif several and column.merge == "key":
-            values = values.take(pa.array(starts))
-        elif several:
-            values = _reduce(column, values, starts)
-        if column.merge == "grad_sum" and world_size > 1:
-            values = pc.divide(values, float(world_size) ** 2)
-        merged.append(values)
-    return pa.table(merged, names=rows.column_names)
 
 
 def _reduce(column: Column, values: pa.ChunkedArray, starts: Integers) -> pa.Array:

@@ -8,15 +8,20 @@ neither overflow nor vanish where the sums themselves are near the ends of float
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gradflow.schema import TABLES
+
 Values: TypeAlias = Any  # a pyarrow.ChunkedArray: pyarrow comes without types
 Compute: TypeAlias = Callable[[pa.Table], Values]
+
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +156,22 @@ DERIVED: dict[str, tuple[Derived, ...]] = {
 }
 
 
-def derive(name: str, table: pa.Table) -> pa.Table:
-    """Return `table` (raw columns of table `name`) with its derived columns appended."""
+def names(name: str) -> list[str]:
+    """Return the columns of table `name`, raw ones first."""
+    return [column.name for column in (*TABLES[name], *DERIVED[name])]
+
+
+def inputs(name: str, wanted: Iterable[str]) -> list[str]:
+    """Return the raw columns of table `name` that the columns `wanted`, raw or derived, are made of."""
+    formulas = {column.name: column.formula for column in DERIVED[name]}
+    needed = {word for column in wanted for word in _WORD.findall(formulas.get(column, column))}
+    return [column.name for column in TABLES[name] if column.name in needed]
+
+
+def derive(name: str, table: pa.Table, wanted: Iterable[str] | None = None) -> pa.Table:
+    """Return `table` (raw columns of table `name`) with its derived columns appended, all or those `wanted`."""
+    chosen = None if wanted is None else set(wanted)
     for column in DERIVED[name]:
-        table = table.append_column(column.name, column.compute(table))
+        if chosen is None or column.name in chosen:
+            table = table.append_column(column.name, column.compute(table))
     return table

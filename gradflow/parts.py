@@ -21,7 +21,7 @@ from gradflow.errors import UsageError
 from gradflow.schema import TABLES, Column
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from gradflow.storage import Storage
 
@@ -29,9 +29,6 @@ Steps: TypeAlias = npt.NDArray[np.int64]
 
 MAX_ROWS = 50_000_000
 """Rows of one table that are read at most: a crafted part of a few kilobytes may promise billions."""
-
-ATTEMPTS = 10
-"""Listings tried while a run that is still being written merges its parts under the reader."""
 
 ROW_GROUP = 131_072
 """Rows of a row group that are written at least, where a part has as many: small groups cost more than they hold."""
@@ -85,15 +82,18 @@ def list_parts(storage: Storage, table: str) -> tuple[list[Part], list[str]]:
     return sorted(parts), others
 
 
-def conform(table: str, rows: pa.Table, *, rank: int = 0) -> tuple[pa.Table, list[str]]:
+def conform(
+    table: str, rows: pa.Table, *, rank: int = 0, only: Collection[str] | None = None
+) -> tuple[pa.Table, list[str]]:
     """Return `rows` with exactly the raw columns of a table in their types, and the names of those that were missing.
 
-    A missing column is filled with null, a missing `rank` with `rank`. Strings come back dictionary-encoded.
+    A missing column is filled with null, a missing `rank` with `rank`. Strings come back dictionary-encoded. `only`
+    names the columns wanted; by default all are.
 
     Raises:
         ForeignPartError: A column is unknown, has another type, or a key is missing or null.
     """
-    wanted = columns(table)
+    wanted = [column for column in columns(table) if only is None or column.name in only]
     known = {column.name for column in wanted}
     foreign = [name for name in rows.column_names if name not in known]
     if foreign or len(set(rows.column_names)) < rows.num_columns:
@@ -130,71 +130,34 @@ def _typed(column: Column, values: pa.ChunkedArray) -> pa.ChunkedArray:
     return encoded.cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
 
 
-def read_part(storage: Storage, table: str, part: Part, *, room: int = MAX_ROWS) -> tuple[pa.Table, list[str]]:
-    """Return the rows of one part and the columns it lacks.
+def read_part(
+    storage: Storage, table: str, part: Part, *, room: int = MAX_ROWS, only: Collection[str] | None = None
+) -> tuple[pa.Table, list[str]]:
+    """Return the rows of one part, all columns or `only` some, and the names of all columns that it lacks.
 
     Raises:
         FileNotFoundError: The part is gone (merged into another by the run that is being written).
         OSError, pyarrow.ArrowException, ValueError: It is no regular file, no Parquet, or foreign.
     """
-    data = pa.BufferReader(storage.read(part.path(table)))
     strings = [column.name for column in columns(table) if column.type == "string"]
-    file = pq.ParquetFile(data, read_dictionary=strings)
-    if file.metadata.num_rows > room:
-        raise ForeignPartError(f"expected at most {MAX_ROWS} rows in a table, got {file.metadata.num_rows} more")
-    conform(table, file.schema_arrow.empty_table())  # foreign columns are refused before they are decoded
-    rows = file.read()
+    with storage.open(part.path(table)) as data:
+        try:
+            file = pq.ParquetFile(data, read_dictionary=strings)
+        except KeyError as error:
+            raise ForeignPartError(f"expected a column {error}, got none") from error
+        if file.metadata.num_rows > room:
+            raise ForeignPartError(f"expected at most {MAX_ROWS} rows in a table, got {file.metadata.num_rows} more")
+        # Foreign columns are refused before they are decoded.
+        _, missing = conform(table, file.schema_arrow.empty_table())
+        rows = file.read() if only is None else file.read([n for n in file.schema_arrow.names if n in only])
     rows.validate(full=True)
-    return conform(table, rows, rank=part.rank)
-
-
-def read_table(storage: Storage, table: str) -> tuple[pa.Table, list[str]]:
-    """Return all rows of a table, each step of a rank once, and what was left out and why.
-
-    The rows come in order of rank and part. A listing that is overtaken by a merge of parts is tried again.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            return _read_listing(storage, table, last=attempt == ATTEMPTS - 1)
-        except FileNotFoundError:
-            continue
-    raise AssertionError("the last attempt names missing parts instead of raising")
-
-
-def _read_listing(storage: Storage, table: str, *, last: bool) -> tuple[pa.Table, list[str]]:
-    try:
-        parts, others = list_parts(storage, table)
-    except OSError as error:
-        parts, others = [], []
-        problems = [f"{table}: left out: {error}"]
-    else:
-        problems = [f"{table}/{name!r} left out: not the name of a part" for name in others]
-    tables: list[tuple[Part, pa.Table]] = []
-    lacking: dict[str, int] = {}
-    room = MAX_ROWS
-    for part in parts:
-        try:
-            rows, missing = read_part(storage, table, part, room=room)
-        except (OSError, pa.ArrowException, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and not last:
-                raise
-            problems.append(f"{part.path(table)} left out: {str(error) or type(error).__name__:.300}")
-            continue
-        tables.append((part, rows))
-        room -= rows.num_rows
-        for name in missing:
-            lacking[name] = lacking.get(name, 0) + 1
-    problems += [
-        f"{table}: column {name} is missing in {n} of {len(tables)} parts, read as null" for name, n in lacking.items()
-    ]
-    empty = conform(table, arrow_schema(table).empty_table())[0]
-    return pa.concat_tables([empty, *latest(tables)]).unify_dictionaries(), problems
+    return conform(table, rows, rank=part.rank, only=only)[0], missing
 
 
 def latest(parts: Iterable[tuple[Part, pa.Table]]) -> Iterator[pa.Table]:
     """Yield the rows of each part, without the steps that a later part of the same rank holds."""
     parts = list(parts)
-    wanted = steps_to_keep([(part, np.unique(rows["step"].to_numpy())) for part, rows in parts])
+    wanted = steps_to_keep([(part, np.sort(rows["step"].unique().to_numpy())) for part, rows in parts])
     for (_, rows), (steps, some_are_left_out) in zip(parts, wanted, strict=True):
         yield rows.filter(pc.is_in(rows["step"], value_set=pa.array(steps))) if some_are_left_out else rows
 

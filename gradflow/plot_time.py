@@ -50,7 +50,7 @@ def _over_steps(run: Tables, ax: Axes, column: str, *, unit: str, log: bool, fin
         return style.nothing(ax, f"No {unit} was recorded")
     style.dress(ax, x="optimizer step", y=unit)
     style.draw_series(ax, steps, values)
-    broken = ~np.isfinite(values) & ~view.table("steps")[column].is_null().to_numpy()
+    broken = ~np.isfinite(values) & view.columns("steps", [column])[column].is_valid().to_numpy()
     style.marks(ax, steps.astype(np.float64), broken, at=0.97, marker="X", color=style.BROKEN, text="not finite")
     if log and np.nanmin(values) > 0:
         style.log_axis(ax.yaxis, values)

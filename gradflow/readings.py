@@ -25,9 +25,12 @@ def first_and_last(values: Any) -> tuple[float, float] | None:
 
 def last_row(view: View, table: str, column: str, *, stream: str | None = None) -> tuple[list[str], Floats]:
     """(names, values) of a column at the last step that holds any finite value; empty where none does."""
-    grid = view.grid(table, column)
+    grid = view.last(table, column)
     if stream is not None:
         grid = grid.named(first=stream)
+    if not np.isfinite(grid.values).any():
+        grid = view.grid(table, column)
+        grid = grid if stream is None else grid.named(first=stream)
     seen = np.flatnonzero(np.isfinite(grid.values).any(axis=1))
     return (grid.labels, grid.values[seen[-1]]) if seen.size else ([], np.empty(0))
 

@@ -1,4 +1,4 @@
-"""Where the files of a run live: a local folder or any fsspec URL, behind seven operations.
+"""Where the files of a run live: a local folder or any fsspec URL, behind eight operations.
 
 What they promise: a reader sees whole files only, nothing but regular files is opened, and no path leads out of the
 folder. Failures are `OSError`; callers say what they were doing. No other module touches the file system of a run.
@@ -28,6 +28,9 @@ class Storage(Protocol):
 
     def read(self, name: str) -> bytes:
         """Content of a regular file; `FileNotFoundError` where it is gone, another `OSError` where it is no file."""
+
+    def open(self, name: str) -> IO[bytes]:
+        """A regular file to read pieces of, likewise; the caller closes it."""
 
     def write(self, name: str, produce: Produce) -> None:
         """Write a whole file: no reader ever sees part of it, and a failure leaves what was there before."""
@@ -64,12 +67,18 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         """See `Storage`."""
+        with self.open(name) as file:
+            return file.read()
+
+    def open(self, name: str) -> IO[bytes]:
+        """See `Storage`."""
         # O_NONBLOCK: opening a fifo that nobody writes to would wait for ever.
         descriptor = os.open(self.root / name, os.O_RDONLY | _NOFOLLOW | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(f"{name} is not a regular file")
-            return file.read()
+        file = os.fdopen(descriptor, "rb")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            file.close()
+            raise OSError(f"{name} is not a regular file")
+        return file
 
     def write(self, name: str, produce: Produce) -> None:
         """See `Storage`."""
@@ -136,6 +145,13 @@ class RemoteStorage:
         if self._fs.isdir(self._at(name)):
             raise OSError(f"{name} is not a file")
         return bytes(self._fs.cat_file(self._at(name)))
+
+    def open(self, name: str) -> IO[bytes]:
+        """See `Storage`."""
+        if self._fs.isdir(self._at(name)):
+            raise OSError(f"{name} is not a file")
+        file: IO[bytes] = self._fs.open(self._at(name), "rb")
+        return file
 
     def write(self, name: str, produce: Produce) -> None:
         """See `Storage`."""

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gradflow import manifest, merging, metrics, parts
 from gradflow.errors import RunError, UsageError
+from gradflow.reading import WHOLE, PartRows, read_table
 from gradflow.schema import TABLES
 from gradflow.storage import open_storage
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
 
     from gradflow.records import Branch, Layer, Parameter, Stream
     from gradflow.storage import Storage
@@ -34,7 +38,7 @@ class Run:
     def __init__(
         self,
         meta: Mapping[str, Any],
-        tables: Mapping[str, pa.Table] | None = None,
+        tables: Mapping[str, pa.Table | PartRows] | None = None,
         problems: Sequence[str] = (),
         *,
         path: str | None = None,
@@ -46,14 +50,24 @@ class Run:
         self.layers: list[Layer] = manifest.layers(self.meta, self.problems)
         self.streams: list[Stream] = manifest.streams(self.meta, self.problems)
         self.parameters: list[Parameter] = manifest.parameters(self.meta, self.problems)
-        self._raw = {name: _conformed(name, rows) for name, rows in (tables or {}).items()}
+        self._raw: dict[str, pa.Table | PartRows] = {}
+        for name, rows in (tables or {}).items():
+            if isinstance(rows, PartRows):
+                rows.problems = self.problems
+                self._raw[name] = rows
+            else:
+                self._raw[name] = _conformed(name, rows)
+        self._steps: list[int] | None = None
         self._tables: dict[tuple[str, bool], pa.Table] = {}
+        self._arrangements: dict[tuple[str, bool, int | None], merging.Arrangement] = {}
 
     @property
     def steps(self) -> list[int]:
         """The sampled steps, sorted: every step that any table has a row of."""
-        distinct = [np.unique(rows["step"].to_numpy()) for rows in self._raw.values()]
-        return [int(step) for step in np.unique(np.concatenate(distinct))] if distinct else []
+        if self._steps is None:
+            distinct = [_steps_of(rows) for rows in self._raw.values()]
+            self._steps = np.unique(np.concatenate(distinct)).tolist() if distinct else []
+        return list(self._steps)
 
     def table(self, name: str, *, per_rank: bool = False) -> pa.Table:
         """Return a table with its raw and its derived columns, sorted by step and then as the model is ordered.
@@ -61,12 +75,55 @@ class Run:
         A value is null where it does not exist for a row. Rows of several ranks are merged (`schema.Column.merge`)
         unless `per_rank`; a step that was recorded twice appears once, as recorded last. The result is kept.
         """
+        parts.columns(name)  # a table that does not exist is refused
         if (name, per_rank) not in self._tables:
-            raw = self._raw[name] if name in self._raw else _conformed(name, parts.arrow_schema(name).empty_table())
-            world = self.meta["world_size"]
-            rows = merging.arrange(name, raw, self._order(name), world_size=world, per_rank=per_rank)
-            self._tables[name, per_rank] = _plain(metrics.derive(name, rows))
+            self._tables[name, per_rank] = _plain(self._made(name, metrics.names(name), per_rank=per_rank))
         return self._tables[name, per_rank]
+
+    def columns(
+        self, name: str, wanted: Sequence[str], *, per_rank: bool = False, since: int | None = None
+    ) -> pa.Table:
+        """Return some columns of a table, row by row as `table` has them, for a fraction of its memory.
+
+        A large table is not kept, and of its file only what the columns are made of is read. Names may come
+        dictionary-encoded. `since` leaves out the rows of earlier steps.
+        """
+        parts.columns(name)  # a table that does not exist is refused
+        known = metrics.names(name)
+        unknown = [column for column in wanted if column not in known]
+        if unknown:
+            raise UsageError(f"expected columns of {name}: {', '.join(known)}; got {', '.join(map(repr, unknown))}")
+        if (name, per_rank) not in self._tables and self._rows(name).num_rows > WHOLE:
+            return self._made(name, wanted, per_rank=per_rank, since=since)
+        rows = self.table(name, per_rank=per_rank)
+        if since is not None:  # sorted by step
+            rows = rows.slice(int(np.searchsorted(rows["step"].to_numpy(), since)))
+        return rows.select(list(wanted))
+
+    def _made(self, name: str, wanted: Sequence[str], *, per_rank: bool, since: int | None = None) -> pa.Table:
+        raw = self._selected(name, metrics.inputs(name, wanted), since)
+        rows = metrics.derive(name, self._arrangement(name, since, per_rank=per_rank).apply(raw), wanted)
+        return rows.select(list(wanted))
+
+    def _arrangement(self, name: str, since: int | None, *, per_rank: bool) -> merging.Arrangement:
+        if (name, per_rank, since) not in self._arrangements:
+            keys = self._selected(name, ["step", "rank", *parts.keys(name)], since)
+            world = self.meta["world_size"]
+            arrangement = merging.plan(name, keys, self._order(name), world_size=world, per_rank=per_rank)
+            self._arrangements[name, per_rank, since] = arrangement
+        return self._arrangements[name, per_rank, since]
+
+    def _selected(self, name: str, raw: Sequence[str], since: int | None) -> pa.Table:
+        rows = self._rows(name)
+        if isinstance(rows, PartRows):
+            return rows.select(raw, since=since)
+        rows = rows if since is None else rows.filter(pc.greater_equal(rows["step"], since))
+        return rows.select(list(raw))
+
+    def _rows(self, name: str) -> pa.Table | PartRows:
+        if name not in self._raw:
+            self._raw[name] = _conformed(name, parts.arrow_schema(name).empty_table())
+        return self._raw[name]
 
     def _order(self, name: str) -> list[merging.Key]:
         """Keys of a table in the order of the model."""
@@ -122,7 +179,7 @@ def load(path: str | os.PathLike[str]) -> Run:
     meta = _read_manifest(storage)
     tables, problems = {}, []
     for name in TABLES:
-        tables[name], left_out = parts.read_table(storage, name)
+        tables[name], left_out = read_table(storage, name)
         problems += left_out
     return Run(meta, tables, problems, path=storage.path)
 
@@ -149,6 +206,10 @@ def _conformed(name: str, rows: pa.Table) -> pa.Table:
         return parts.conform(name, rows)[0]
     except parts.ForeignPartError as error:
         raise UsageError(f"{error} (table {name!r} of a run in memory)") from error
+
+
+def _steps_of(rows: pa.Table | PartRows) -> npt.NDArray[np.int64]:
+    return rows.steps if isinstance(rows, PartRows) else rows["step"].unique().to_numpy()
 
 
 def _plain(rows: pa.Table) -> pa.Table:

@@ -183,7 +183,7 @@ class Maker:
         S = len(self.steps)
         flat = {}
         for column, value in columns.items():
-            flat[column] = value if isinstance(value, list) else np.asarray(value).reshape(-1) if np.ndim(value) else value
+            flat[column] = value if isinstance(value, (list, tuple)) else np.asarray(value).reshape(-1) if np.ndim(value) else value
         return table(name, S * len(keys), step=spread(self.steps, len(keys)), **{key: names(keys, S)}, **flat)
 
     def steps_table(self):

@@ -33,11 +33,10 @@ LEVELS = [
     ],
     [
         "discovery",
-        "storage manifest merging parts reading directories writer store",
-        "grids readings",
+        "storage manifest merging parts reading directories writer store grids readings",
     ],
     [
-        """buffer measurable hooks join_taps ledgers layer_taps parameter_taps stream_taps attention_taps taps description recording
+        """buffer measurable hooks join_taps join_gradients ledgers layer_taps parameter_taps stream_taps attention_taps taps description recording
         sharding scaling stepping recorder""",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
@@ -55,7 +54,7 @@ LEVELS = [
     [
         "callbacks.lightning callbacks",
         "demo",
-        "cli __main__",
+        "series_command cli __main__",
     ],
 ]
 

@@ -75,12 +75,12 @@ def test_a_broken_value_stays_visible_after_thinning():
     assert grid.thinned(50, 3)[1].sum() == 1
 
 
-def test_a_view_of_a_view_is_itself_and_reads_each_table_once(monkeypatch):
+def test_a_view_of_a_view_is_itself_and_reads_each_column_once(monkeypatch):
     run = runs.prenorm(blocks=1, last=2)
     view = View(run)
     asked = []
-    real = run.table
-    monkeypatch.setattr(run, "table", lambda name: asked.append(name) or real(name))
-    for column in ("gain", "cosine", "branch_ratio"):
+    real = run.columns
+    monkeypatch.setattr(run, "columns", lambda name, wanted, **since: asked.append((name, *wanted)) or real(name, wanted, **since))
+    for column in ("gain", "cosine", "gain", "cosine"):
         View.of(view).grid("branches", column)
-    assert asked == ["branches"]
+    assert asked == [("branches", "gain"), ("branches", "step", "branch"), ("branches", "cosine")]

@@ -349,7 +349,7 @@ def test_findings_come_worst_first_then_earliest():
 def test_grid_places_every_row_of_a_table():
     run = runs.prenorm(blocks=2, last=100)
     table = run.table("streams")
-    grid = Grid(table, ("stream", "point"), None)
+    grid = Grid(run, "streams", None)
     for row in table.to_pylist():
         s = grid.steps.tolist().index(row["step"])
         k = grid.keys.index((row["stream"], row["point"]))

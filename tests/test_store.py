@@ -334,10 +334,10 @@ def test_ranks_do_not_replace_each_other(tmp_path):
 
 
 def test_a_listing_overtaken_by_a_merge_is_tried_again(run_dir, monkeypatch):
-    original = storage.LocalStorage.read
+    original = storage.LocalStorage.open
     overtaken = []
 
-    def read(self, name):
+    def opened(self, name):
         if name == "branches/rank-0-0.parquet" and not overtaken:
             overtaken.append(name)
             both = pq.read_table(run_dir / "branches" / "rank-0-0.parquet", partitioning=None)
@@ -346,7 +346,7 @@ def test_a_listing_overtaken_by_a_merge_is_tried_again(run_dir, monkeypatch):
             (run_dir / "branches" / "rank-0-0.parquet").unlink()
         return original(self, name)
 
-    monkeypatch.setattr(storage.LocalStorage, "read", read)
+    monkeypatch.setattr(storage.LocalStorage, "open", opened)
     run = load(run_dir)
     assert overtaken
     assert run.problems == []
@@ -354,14 +354,14 @@ def test_a_listing_overtaken_by_a_merge_is_tried_again(run_dir, monkeypatch):
 
 
 def test_a_part_that_vanishes_for_good_is_named_in_the_end(run_dir, monkeypatch):
-    original = storage.LocalStorage.read
+    original = storage.LocalStorage.open
 
-    def read(self, name):
+    def opened(self, name):
         if name == "steps/rank-0-1.parquet":
             raise FileNotFoundError(name)
         return original(self, name)
 
-    monkeypatch.setattr(storage.LocalStorage, "read", read)
+    monkeypatch.setattr(storage.LocalStorage, "open", opened)
     run = load(run_dir)
     assert run.table("steps")["step"].to_pylist() == [0]
     assert any("rank-0-1.parquet" in p for p in run.problems)

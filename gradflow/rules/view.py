@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,21 +33,28 @@ KEYS = {
 }
 Key = tuple[str, ...]
 
+MOST_KEPT = 150_000_000
+"""Bytes of columns of a table that are kept for the next rule; a column of 5 million rows has 40 million."""
+
 
 class Grid:
     """A table of a run as arrays: `steps` (int64, sorted), `keys` in the order of the table, columns on demand."""
 
-    def __init__(self, table: pa.Table, keys: tuple[str, ...], until: int | None) -> None:
-        if until is not None:
-            table = table.filter(pc.less_equal(table["step"], until))
-        self._table = table
+    def __init__(self, run: Run, name: str, until: int | None) -> None:
+        self._run, self._name = run, name
+        table = run.columns(name, ["step", *KEYS[name]])
+        if until is not None:  # a table is sorted by step
+            table = table.slice(0, int(np.searchsorted(table["step"].to_numpy(), until, side="right")))
+        self._rows = table.num_rows
         self.steps, self._row = _sorted_unique(table["step"].to_numpy())
-        self.keys, self._place = _places(table, keys)
+        self.keys, self._place = _places(table, KEYS[name])
         shape = (len(self.steps), len(self.keys))
         # Every thing at every step, in order, is the usual case: columns are then only reshaped.
-        self._full = len(table) == shape[0] * shape[1] and bool(
+        self._full = self._rows == shape[0] * shape[1] and bool(
             (self._place.reshape(shape) == np.arange(shape[1])).all()
         )
+        if self._full:
+            self._row = self._place = np.empty(0, dtype=np.int64)
         self._columns: dict[str, Floats] = {}
 
     @property
@@ -59,40 +65,40 @@ class Grid:
     @cached_property
     def present(self) -> Bools:
         """Shape (step, thing): whether the table has a row there."""
-        present = np.zeros((len(self.steps), len(self.keys)), dtype=bool)
+        present = np.full((len(self.steps), len(self.keys)), self._full)
         present[self._row, self._place] = True
         return present
 
     def raw(self, column: str) -> tuple[Floats, Bools]:
         """Values as measured, NaN and infinity included, and where they are not null; both (step, thing)."""
         shape = (len(self.steps), len(self.keys))
-        if column not in self._table.column_names:
-            return np.full(shape, np.nan), np.zeros(shape, dtype=bool)
-        chunked = self._table[column]
-        measured, valid = chunked.cast(pa.float64()).to_numpy(), chunked.is_valid().to_numpy()
+        chunked = self._run.columns(self._name, [column])[column].slice(0, self._rows)
+        known = np.array(chunked.is_valid().to_numpy())
+        measured = chunked.cast(pa.float64()).to_numpy()
         if self._full:
-            return np.array(measured).reshape(shape), np.array(valid).reshape(shape)
-        values, known = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+            return np.array(measured).reshape(shape), known.reshape(shape)
+        values, valid = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
         values[self._row, self._place] = measured
-        known[self._row, self._place] = valid
-        return values, known
+        valid[self._row, self._place] = known
+        return values, valid
 
     def __getitem__(self, column: str) -> Floats:
         """A column of shape (step, thing), NaN where not recorded or not finite. It is kept: do not write to it."""
         if column not in self._columns:
             values, _ = self.raw(column)
             values[~np.isfinite(values)] = np.nan
+            while self._columns and (len(self._columns) + 1) * values.nbytes > MOST_KEPT:
+                del self._columns[next(iter(self._columns))]
             self._columns[column] = values
         return self._columns[column]
 
     def text(self, column: str) -> list[str]:
         """First known value of a string column of each thing, `""` where there is none."""
         found = [""] * len(self.keys)
-        if column in self._table.column_names:
-            values = self._table[column]
-            first = np.unique(self._place, return_index=True)
-            for place, row in zip(*first, strict=True):
-                found[place] = values[int(row)].as_py() or ""
+        values = self._run.columns(self._name, [column])[column]
+        first = np.unique(self._place, return_index=True) if not self._full else (range(len(found)),) * 2
+        for place, row in zip(*first, strict=True):
+            found[place] = values[int(row)].as_py() or ""
         return found
 
 
@@ -101,8 +107,7 @@ def _places(table: pa.Table, keys: tuple[str, ...]) -> tuple[list[Key], NDArray[
     place = np.zeros(len(table), dtype=np.int64)
     if not keys:
         return [()], place
-    encoded = [table[key].cast(pa.string()).fill_null("").combine_chunks().dictionary_encode() for key in keys]
-    encoded = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in encoded]
+    encoded = [_encoded(table[key]) for key in keys]
     for column in encoded:
         place = place * max(1, len(column.dictionary)) + column.indices.to_numpy(zero_copy_only=False)
     first = np.full(int(place.max(initial=-1)) + 1, len(place))
@@ -118,6 +123,13 @@ def _places(table: pa.Table, keys: tuple[str, ...]) -> tuple[list[Key], NDArray[
         for word, column in zip(words, encoded, strict=True)
     ]
     return list(zip(*columns, strict=True)), rank[place]
+
+
+def _encoded(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Names as numbers and a list of the distinct ones; they are keys, and so never null."""
+    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    whole = encoded.unify_dictionaries().combine_chunks()
+    return whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
 
 
 def _sorted_unique(steps: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -149,7 +161,7 @@ class View:
     def grid(self, name: str) -> Grid:
         """A table as arrays; empty arrays where the run has no such table."""
         if name not in self._grids:
-            self._grids[name] = Grid(self.run.table(name), KEYS[name], self.until)
+            self._grids[name] = Grid(self.run, name, self.until)
         return self._grids[name]
 
     @cached_property
