@@ -106,7 +106,11 @@ class JoinFinder:
                 return match
         operands = self._sums.operands(index)
         match = self._among(index, operands, frozenset())
-        return match if match is not None or not partials else self._with_offset(index, operands)
+        if match is None:
+            return self._with_offset(index, operands) if partials else None
+        # A further operand that is identity-like to the fork makes no second join of the same sum.
+        part = (self._joins.get(p) for p in partials)
+        return None if any(p is not None and p.fork == match.fork for p in part) else match
 
     def _among(self, index: int, leaves: list[Addend], partials: frozenset[int]) -> Match | None:
         """The join with one of the leaves as its skip and all others as branches."""

@@ -593,3 +593,60 @@ def written_back_in_place():
         return y
 
     return blocks(forward, f=mlp), vectors()
+
+
+@trap({"1": 1, "2": 1}, branches=4)
+def mixed_operations():
+    """architecture search: identity, two learned operations and a scaled copy, each with a learned weight, summed"""
+
+    def forward(m, x):
+        w = m.w.softmax(-1)
+        return sum(w[i] * y for i, y in enumerate([x, m.f(x), m.g(x), 0.5 * x]))
+
+    return blocks(forward, f=mlp, g=mlp, w=lambda: nn.Parameter(torch.randn(4))), vectors()
+
+
+@trap({"": 8})
+def runge_kutta():
+    """each stage is a sum onto the state, and so is the step; the sum of the slopes is none"""
+
+    def forward(m, h):
+        h = m.stem(h)
+        for _ in range(2):
+            a = m.f(h)
+            b = m.f(h + 0.5 * a)
+            c = m.f(h + 0.5 * b)
+            h = h + (a + 2 * b + 2 * c + m.f(h + c)) / 6
+        return h
+
+    return Net(forward, stem=nn.Linear(D, D), f=mlp()), vectors()
+
+
+@trap()
+def variational_autoencoder():
+    """mean plus noise times deviation, and the terms of the loss"""
+
+    def forward(m, x):
+        h = torch.relu(m.e(x))
+        mean, log_var = m.mean(h), m.var(h)
+        z = mean + torch.randn_like(mean) * torch.exp(0.5 * log_var)
+        divergence = -0.5 * (1 + log_var - mean.pow(2) - log_var.exp()).mean()
+        return F.mse_loss(m.d(z), x) + divergence
+
+    parts = dict(e=nn.Linear(D, 16), mean=nn.Linear(16, 4), var=nn.Linear(16, 4), d=mlp(4, 16, D))
+    return Net(forward, **parts), vectors()
+
+
+@trap({"1": 1, "2": 1})
+def scalar_biases():
+    """Fixup: scalar biases before every layer, a scalar gain and bias behind the branch, added in place"""
+
+    def forward(m, x):
+        y = torch.relu(m.f(x + m.b0) + m.b1)
+        y = m.g(y + m.b2) * m.gain + m.b3
+        y += x
+        return torch.relu(y)
+
+    scalar = lambda: nn.Parameter(torch.zeros(1))
+    linear = lambda: nn.Linear(D, D)
+    return blocks(forward, f=linear, g=linear, gain=scalar, b0=scalar, b1=scalar, b2=scalar, b3=scalar), vectors()
