@@ -23,7 +23,7 @@ HEADS = 32
 LOGITS = 2**14
 """Logits of a sample: they are computed again, and their softmax with them."""
 MASKED = -1e4
-"""Logits and mask values below this shut a key out: masks are -inf, the smallest number of a type, or -1e4 and below."""
+"""Logits and mask values below this shut a key out: masks are -inf, the smallest number of a type, or about -1e4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,10 @@ class Sample:
 def attention_columns(logits: Tensor, allowed: Tensor | None = None) -> dict[str, Tensor]:
     """Columns of the `attention` table from sampled logits (sequence, head, query, key) as they enter the softmax.
 
-    entropy: mean over heads and queries of −Σ p ln p, nat, from 0 (one key) to ln(keys). entropy_min: the smallest mean
-    of one head. logit_max: largest logit among the keys that are not masked. keys: mean number of those. Queries without
-    any key are left out; NaN where none is left. `allowed` is True where a key may be attended to; logits below `MASKED`
-    are masked besides.
+    entropy: mean over heads and queries of −Σ p ln p, nat, from 0 (one key) to ln(keys). entropy_min: the smallest
+    mean of one head. logit_max: largest logit among the keys that are not masked. keys: mean number of those. Queries
+    without any key are left out; NaN where none is left. `allowed` is True where a key may be attended to; logits below
+    `MASKED` are masked besides.
     """
     logits = statistics.wide(logits)
     kept = logits > MASKED
@@ -138,7 +138,7 @@ def of_projections(call: dict[str, Any]) -> dict[str, Tensor]:
     if call.get("add_zero_attn"):
         keys = torch.cat([keys, torch.zeros_like(keys[:1])])
         extra += 1
-    rows, keys = (x.unflatten(2, (heads, -1)).permute(1, 2, 0, 3)[:, sample.heads] for x in (rows, keys))
+    rows, keys = (x.view(*x.shape[:2], heads, -1).permute(1, 2, 0, 3)[:, sample.heads] for x in (rows, keys))
     logits = rows @ keys.mT * rows.shape[-1] ** -0.5
     allowed = None
     for mask in _masks(call, count, heads):
@@ -172,7 +172,8 @@ def _masks(call: dict[str, Any], count: int, heads: int) -> list[Tensor]:
     mask, padding = call.get("attn_mask"), call.get("key_padding_mask")
     if mask is not None:
         mask = mask.detach()
-        found.append(mask.view(count, heads, *mask.shape[1:]) if mask.shape[0] == count * heads and mask.dim() == 3 else _four(mask))
+        each = mask.dim() == 3 and mask.shape[0] == count * heads
+        found.append(mask.view(count, heads, *mask.shape[1:]) if each else _four(mask))
     if padding is not None:
         padding = padding.detach() if padding.dim() == 2 else padding.detach().unsqueeze(0)
         found.append(padding[:, None, None, :])

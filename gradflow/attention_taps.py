@@ -7,8 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow import attention, families
 
@@ -27,7 +26,7 @@ _BETWEEN = families.VIEWS | families.DROPOUT | frozenset({
 })  # fmt: skip
 """What stands between the product of queries and keys and its softmax, or between the softmax and the values."""
 _FARTHEST = 16
-_PROJECTIONS = inspect.signature(F.multi_head_attention_forward)
+_PROJECTIONS = inspect.signature(nn.functional.multi_head_attention_forward)
 _PRODUCT = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -91,7 +90,9 @@ def _of_products(call: dict[str, Any]) -> dict[str, Tensor] | None:
 def _over_last_axis(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     x = args[0] if args else None
     axis = args[1] if len(args) > 1 else kwargs.get("dim")
-    return isinstance(x, Tensor) and x.dim() >= 2 and x.numel() > 0 and isinstance(axis, int) and axis % x.dim() == x.dim() - 1
+    if not isinstance(x, Tensor) or x.dim() < 2 or not x.numel() or not isinstance(axis, int):
+        return False
+    return axis % x.dim() == x.dim() - 1
 
 
 def _is_score(nodes: Sequence[Node], index: int) -> bool:

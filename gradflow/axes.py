@@ -20,10 +20,12 @@ _SWAPS = frozenset({"transpose", "T", "mT"})
 _REGROUPS = frozenset({
     "flatten", "reshape", "view", "unflatten", "squeeze", "unsqueeze", "expand", "getitem", "select",
 })  # fmt: skip
-_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "prod", "logsumexp", "median", "std", "var", "norm"})
+_REDUCTIONS = frozenset({
+    "mean", "sum", "amax", "amin", "max", "min", "prod", "logsumexp", "median", "std", "var", "norm",
+})  # fmt: skip
 
 
-def features_axis(op: str, args: tuple[Any, ...], before: Shape, axis: int, after: Shape) -> int:
+def features_axis(op: str, args: tuple[Any, ...], before: Shape, axis: int, after: Shape) -> int:  # noqa: PLR0911
     """Axis of the features in the result of `op`.
 
     Args:

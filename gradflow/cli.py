@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +37,15 @@ class Severity(StrEnum):
     error = "error"
     warning = "warning"
     info = "info"
+
+
+class Form(StrEnum):
+    """What a report is written as."""
+
+    html = "html"
+    pdf = "pdf"
+    png = "png"
+    svg = "svg"
 
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory (path or URL), such as logs/gradflow.")]
@@ -134,7 +142,13 @@ def probe(
     each depth, and how signal and gradient scale with it is plotted, theory beside it.
     """
     if depths is not None or widths is not None:
-        _scaling(factory, inputs, depths=depths, widths=widths, out=out, force=force, as_json=as_json)
+        from gradflow import series_command
+
+        picture = _free(out or Path("gradflow-scaling.svg"), force=force)
+        series_command.run(
+            lambda size: _run_model(factory, gradflow.probe, factories.build(factory, inputs, size=size)),
+            depths=depths, widths=widths, out=picture, as_json=as_json,
+        )  # fmt: skip
         return
     target = None if out is None else _free(out, force=force)
     subject = factories.build(factory, inputs)
@@ -149,16 +163,36 @@ def report(
     run: RunPath,
     *,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The file to write. [default: report.html in the run]")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The file to write, or the folder of pictures. [default: report.html, or figures, in the run]",
+        ),
     ] = None,
+    form: Annotated[
+        Form, typer.Option("--format", help="One page, or every picture as a file of its own.")
+    ] = Form.html,
     force: Force = False,
 ) -> None:
-    """Write the report of a run: one HTML file, no network."""
+    """Write the report of a run: one HTML file, no network; or its pictures, for a paper."""
     if out is None and "://" in run:
         raise UsageError(f"expected --out FILE for a run behind a URL, got none for {run}; name a local file")
-    target = _free(out or Path(run) / "report.html", force=force)
-    gradflow.report(_load(run), target)
-    console.say(f"wrote {target}")
+    target = _free(out or Path(run) / ("report.html" if form is Form.html else "figures"), force=force)
+    with console.progress("report") as progress:
+        progress(0.0, "reading")
+        loaded = _load(run)
+        if form is Form.html:
+            gradflow.report(loaded, target, progress=progress)
+        else:
+            from gradflow import gallery
+
+            found = gradflow.diagnose(loaded)
+            written = gallery.export(loaded, target, format=form.value, findings=found, progress=progress)
+    if form is Form.html:
+        console.say(f"wrote {target}")
+    else:
+        console.say(f"wrote {len(written)} pictures into {target}")
 
 
 @app.command()
@@ -223,47 +257,6 @@ def rules(
         return
     for rule in RULES.values():
         console.print_rule(rule)
-
-
-def _scaling(
-    factory: str, inputs: str | None, *, depths: str | None, widths: str | None, out: Path | None, force: bool,
-    as_json: bool,
-) -> None:  # fmt: skip
-    """Probe a model at several depths or widths, print the series and draw it."""
-    if depths is not None and widths is not None:
-        raise UsageError("expected --depths or --widths, got both; vary one at a time")
-    by = "depth" if depths is not None else "width"
-    sizes = _sizes(depths if depths is not None else widths or "", by)
-    target = _free(out or Path("gradflow-scaling.svg"), force=force)
-    if target.suffix.lower() not in {".svg", ".png", ".pdf"}:
-        raise UsageError(f"expected a picture to end in .svg, .png or .pdf, got {target}")
-    from gradflow.plot_series import write_scaling
-    from gradflow.depth_series import scaling
-
-    runs = {
-        size: _run_model(factory, gradflow.probe, factories.build(factory, inputs, size=size)) for size in sizes
-    }
-    rows = scaling(runs)
-    write_scaling(rows, target, by=by)
-    if as_json:
-        console.print_json([asdict(row) for row in rows])
-    else:
-        names = ["size", "steps", "signal", "expected_signal", "gradient", "expected_gradient", "token_cosine", "grad_norm"]
-        shown = [[_short(getattr(row, name)) for name in names] for row in rows]
-        console.print_table(f"scaling with {by}", [by, *names[1:]], shown)
-        console.say(f"wrote {target}")
-
-
-def _sizes(text: str, by: str) -> list[int]:
-    """Distinct positive numbers of a list such as 4,8,16."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"expected --{by}s to be positive integers with commas between, as 4,8,16, got {text!r}")
-    return sorted({int(part) for part in parts})
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 def main() -> None:

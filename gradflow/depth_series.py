@@ -45,7 +45,7 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class _Branches:
-    """Of the smallest model, means over its branches: placement, variance over the start's, f, b; or a trunk's gains."""
+    """Of the smallest model, means over its branches: placement, variance over the start's, f, b; or trunk gains."""
 
     placement: str
     variance: float
@@ -113,8 +113,9 @@ def _base(run: Run) -> _Branches | None:
     ratios = [(row["branch_ratio"], row["grad_branch_ratio"]) for row in rows]
     if not rows or any(f is None or b is None for f, b in ratios):
         return None
+    variance = fmean(row["branch_rms"] ** 2 for row in rows) / points[0]["out_rms"] ** 2
     return _Branches(
-        max(set(placements), key=placements.count), fmean(row["branch_rms"] ** 2 for row in rows) / points[0]["out_rms"] ** 2,
+        max(set(placements), key=placements.count), variance,
         fmean(f**2 for f, _ in ratios), fmean(b**2 for _, b in ratios),
     )  # fmt: skip
 

@@ -67,7 +67,8 @@ def token_cosine(rows: Tensor) -> Tensor:
     together = (inverse.mT @ rows).squeeze(-2)
     cosines = (together.square().sum(-1) - count) / pairs
     valid = pairs > 0
-    return torch.where(valid, cosines, torch.zeros_like(cosines)).sum(-1) / valid.sum(-1)
+    mean: Tensor = torch.where(valid, cosines, torch.zeros_like(cosines)).sum(-1) / valid.sum(-1)
+    return mean
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -102,7 +103,8 @@ def kurtosis(rows: Tensor) -> Tensor:
     """E x⁴/(E x²)² over the sample: 3 for a normal distribution, large where few features are huge. NaN if all zero."""
     squares = rows.flatten(-3).square()
     fourth = torch.linalg.vector_norm(squares, dim=-1).square() / squares.shape[-1]
-    return fourth / squares.mean(-1).square()
+    ratio: Tensor = fourth / squares.mean(-1).square()
+    return ratio
 
 
 def max_over_median(rows: Tensor) -> Tensor:

@@ -45,12 +45,12 @@ class undisturbed:  # noqa: N801 (a context manager)
         for kind in self._autocast:
             torch.set_autocast_enabled(kind, False)
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for kind in self._autocast:
             torch.set_autocast_enabled(kind, True)
         if self._grad:
             torch._C._set_grad_enabled(True)  # noqa: SLF001
-        self._functions.__exit__(*exception)
+        self._functions.__exit__(None, None, None)
 
 
 class Hooks:
@@ -128,7 +128,7 @@ def inputs_reaching(node: Any, position: int, target: Edge) -> list[Edge] | None
     seen: set[Any] = set()
     queue: list[Edge] = [(node, position)]
     # Nodes are numbered as they are made: older ones cannot lead to the target (a leaf has the largest number of all).
-    oldest = 0 if hasattr(target[0], "variable") else target[0]._sequence_nr()
+    oldest = 0 if hasattr(target[0], "variable") else target[0]._sequence_nr()  # noqa: SLF001
     while queue:
         holder, number = queue.pop()
         function, output = holder.next_functions[number]
@@ -136,7 +136,7 @@ def inputs_reaching(node: Any, position: int, target: Edge) -> list[Edge] | None
             continue
         if (function, output) == target:
             found.append((holder, number))
-        elif function not in seen and function._sequence_nr() >= oldest:
+        elif function not in seen and function._sequence_nr() >= oldest:  # noqa: SLF001
             seen.add(function)
             if len(seen) > _WALK_LIMIT:
                 return None

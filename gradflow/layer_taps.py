@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = frozenset({
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh", "sigmoid",
-    "softplus", "hardtanh", "hardsigmoid", "hardswish", "softsign", "logsigmoid", "log_sigmoid", "glu", "threshold", "tanhshrink",
+    "softplus", "hardtanh", "hardsigmoid", "hardswish", "softsign", "logsigmoid",
+    "log_sigmoid", "glu", "threshold", "tanhshrink",
     "softshrink", "hardshrink", "special_expit", "clamp", "clamp_min",
 })  # fmt: skip
 """Functions that are activations, by canonical name; a module without parameters that calls one is one too."""

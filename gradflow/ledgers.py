@@ -1,7 +1,7 @@
 """The ledgers of a pass: what part of a stream's end, and of the gradient at its start, came through each branch.
 
-Over a piece of a stream in which x_L = x_0 + Σ f holds exactly, share(f) = ⟨f, x_L⟩/⟨x_L, x_L⟩ and, with that of x_0,
-they add up to 1. Backwards g_0 = g_L + Σ Δ with Δ what came back through a branch, share = ⟨Δ, g_0⟩/⟨g_0, g_0⟩ and, with
+Over a piece of a stream in which x_L = x_0 + Σ f holds exactly, share(f) = ⟨f, x_L⟩/⟨x_L, x_L⟩; with that of x_0, they
+add up to 1. Backwards g_0 = g_L + Σ Δ with Δ what came back through a branch, share = ⟨Δ, g_0⟩/⟨g_0, g_0⟩ and, with
 that of g_L, they add up to 1. Norms between joins, and skips that are scaled or dropped out, cut a stream into pieces
 (`Stream.segments`) with a ledger each; over a piece of one join g_L is what came back along the skip.
 """
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from gradflow.buffer import Buffer
     from gradflow.hooks import Edge, Hooks
-    from gradflow.join_taps import JoinGradients, JoinTaps
+    from gradflow.join_gradients import JoinGradients
+    from gradflow.join_taps import JoinTaps
     from gradflow.records import Join, Node, Stream
 
 SEPARATOR = "\0"
@@ -59,7 +60,8 @@ class Ledgers:
         for _, places in groupby(range(len(stream.segments)), key=lambda place: stream.segments[place]):
             depths = list(places)
             joins = [by_node[stream.nodes[depth + 1]] for depth in depths]
-            if any(join.node not in taps.sums or branch.kind == "projection" for join in joins for branch in join.branches):
+            mapped = any(branch.kind == "projection" for join in joins for branch in join.branches)
+            if mapped or any(join.node not in taps.sums for join in joins):
                 continue  # over a projection the stream does not go on: it is mapped
             self._signal(points[depths[0]], joins, taps)
             if all(join.node in gradients and gradients[join.node].fork is not None for join in joins):
@@ -85,36 +87,31 @@ class Ledgers:
         self, piece: _Piece, gradients: Mapping[int, JoinGradients], edges: Mapping[int, Edge], fork: Node
     ) -> None:
         """Sample the gradients that the backward ledger is made of, as they arrive."""
-
         start = gradients[piece.joins[0].node]
         if start.fork is None or not start.in_order:
             return
-
-        def sampled(gradient: Tensor | None) -> Tensor | None:
-            if gradient is None or gradient.numel() != torch.Size(fork.shape).numel():
-                return None
-            return geometry.sample_rows(gradient.reshape(fork.shape), fork.channel_dim, self._rows)
-
-        def returned(node: int) -> Callable[[Tensor | None, list[Tensor | None]], None]:
-            def use(along: Tensor | None, through: list[Tensor | None]) -> None:
-                piece.through[node] = [sampled(part) for part in through]
-                if len(piece.joins) == 1:
-                    piece.last = sampled(along)
-
-            return use
-
-        def first(gradient: Tensor) -> None:
-            piece.first = sampled(gradient)
-
-        def last(gradient: Tensor) -> None:
-            piece.last = sampled(gradient)
-
-        self._hooks.gradient(start.fork, first)
+        self._hooks.gradient(start.fork, lambda gradient: setattr(piece, "first", self._sampled(gradient, fork)))
         if len(piece.joins) > 1 and piece.joins[-1].node in edges:
-            self._hooks.gradient(edges[piece.joins[-1].node], last)
+            end = edges[piece.joins[-1].node]
+            self._hooks.gradient(end, lambda gradient: setattr(piece, "last", self._sampled(gradient, fork)))
         for join in piece.joins:
-            gradients[join.node].on_return = returned(join.node)
+            gradients[join.node].on_return = self._returned(piece, join.node, fork)
         self._pieces.append(piece)
+
+    def _returned(
+        self, piece: _Piece, node: int, fork: Node
+    ) -> Callable[[Tensor | None, list[Tensor | None]], None]:
+        def use(along: Tensor | None, through: list[Tensor | None]) -> None:
+            piece.through[node] = [self._sampled(part, fork) for part in through]
+            if len(piece.joins) == 1:
+                piece.last = self._sampled(along, fork)
+
+        return use
+
+    def _sampled(self, gradient: Tensor | None, fork: Node) -> Tensor | None:
+        if gradient is None or gradient.numel() != torch.Size(fork.shape).numel():
+            return None
+        return geometry.sample_rows(gradient.reshape(fork.shape), fork.channel_dim, self._rows)
 
     def close(self) -> None:
         """The backward pass is over: gradient shares of every piece whose gradients all arrived."""

@@ -17,11 +17,11 @@ from gradflow.discovery import eager, preserved
 from gradflow.errors import UsageError
 from gradflow.modules import tensors_in
 from gradflow.parts import arrow_schema
-from gradflow.records import Problem
+from gradflow.plans import Plans
 from gradflow.recording import StepInProgress
+from gradflow.records import Problem
 from gradflow.schema import TABLES
 from gradflow.store import Run
-from gradflow.taps import Plans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +44,9 @@ def probe(model: nn.Module, /, *args: Any, loss: Callable[[Any], Tensor] | None 
     state, hooks, `requires_grad`. Nothing is written to a disk. What the model raises comes through unchanged.
 
     Args:
-        model: The module; its arguments follow.
+        model: The module.
+        *args: What its forward takes.
+        **kwargs: What its forward takes.
         loss: Makes a scalar of the output. By default a scalar output itself, or its `loss`, or else the mean square
             of its floating-point tensors.
 
@@ -57,7 +59,9 @@ def probe(model: nn.Module, /, *args: Any, loss: Callable[[Any], Tensor] | None 
     """
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__} itself" if inspect.isclass(model) else f"a {type(model).__name__}"
-        raise UsageError(f"expected a torch.nn.Module and what its forward takes, as in probe(model, batch); got {kind}")
+        raise UsageError(
+            f"expected a torch.nn.Module and what its forward takes, as in probe(model, batch); got {kind}"
+        )
     if loss is not None and not callable(loss):
         raise UsageError(
             f"expected loss to be a function of the model's output, got a {type(loss).__name__}; "
@@ -79,7 +83,8 @@ def _passed(
 ) -> tuple[Finished, bool]:
     """The measured pass, and whether there was a gradient to follow."""
     faults: list[Exception] = []
-    with preserved(model), eager(model), _own_gradients(model, tensors_in((args, kwargs))), torch.inference_mode(False), torch.enable_grad():
+    own = _own_gradients(model, tensors_in((args, kwargs)))
+    with preserved(model), eager(model), own, torch.inference_mode(False), torch.enable_grad():
         step = StepInProgress(
             model, 0, Plans(), rows=_ROWS, tables=frozenset(TABLES), on_error=faults.append, scale=lambda: None,
             trains=False,

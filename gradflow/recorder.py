@@ -17,13 +17,13 @@ from gradflow.description import Description
 from gradflow.directories import new_directory
 from gradflow.errors import GradflowError, UsageError
 from gradflow.headline import headline
+from gradflow.plans import Plans
 from gradflow.recording import Finished, StepInProgress
 from gradflow.scaling import is_scaled, loss_scale
 from gradflow.schema import TABLES
 from gradflow.sharding import owned_by
 from gradflow.stepping import OptimizerHooks
 from gradflow.store import Run, load
-from gradflow.taps import Plans
 from gradflow.writer import RunWriter
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from gradflow.buffer import Buffer, Row
 from gradflow.hooks import undisturbed
 from gradflow.ledgers import SEPARATOR
 from gradflow.parameter_taps import ParameterTaps
-from gradflow.taps import Plans, Taps
+from gradflow.plans import Plans
+from gradflow.taps import Taps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

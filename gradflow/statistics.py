@@ -65,8 +65,9 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1)
 
 
-def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
-    return flat.split(_PIECE) if flat.device.type == "cpu" and flat.numel() > _PIECE else (flat,)
+def _pieces(flat: Tensor, size: int = _PIECE) -> tuple[Tensor, ...]:
+    whole = flat.device.type != "cpu" or flat.numel() <= size
+    return (flat,) if whole else torch.split(flat, size)
 
 
 def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,8 +88,8 @@ def _rows(flat: Tensor) -> tuple[Tensor, ...]:
 def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
     """Several statistics of one tensor in one pass over it.
 
-    `wanted` holds names among `total` (Σ x), `square` (Σ x²), `largest` (max |x|; NaN if there is one), `zeros` (elements
-    that are exactly zero, of either sign) and `nonfinite` (NaN and infinite elements; it brings `largest` along).
+    `wanted` holds names among `total` (Σ x), `square` (Σ x²), `largest` (max |x|; NaN if there is one), `zeros`
+    (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite; it brings `largest` along).
     """
     flat = _flat(_real(x))
     names = [*wanted, "largest"] if "nonfinite" in wanted and "largest" not in wanted else list(wanted)
@@ -129,7 +130,7 @@ def _on_cpu(flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
             sums["zeros"] += piece.numel() - np.count_nonzero(flags.numpy())
         values = _widened(piece)
         if "square" in sums:
-            for part in values.split(_DOT) if values.numel() > _DOT else (values,):
+            for part in _pieces(values, _DOT):
                 sums["square"] += _number(torch.dot(part, part))
         if "total" in sums:
             sums["total"] += _number(values.sum())
@@ -174,8 +175,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
         x, y = x.double(), y.double()
     x, y = (_flat(x), _flat(y)) if x.stride() == y.stride() else (x.reshape(-1), y.reshape(-1))
     if x.device.type == "cpu":
-        parts = (_number(torch.dot(one, other)) for one, other in zip(x.split(_DOT), y.split(_DOT), strict=True))
-        return torch.tensor(sum(parts), dtype=torch.float64)
+        pairs = zip(_pieces(x, _DOT), _pieces(y, _DOT), strict=True)
+        return torch.tensor(sum(_number(torch.dot(one, other)) for one, other in pairs), dtype=torch.float64)
     parts = [torch.linalg.vecdot(one, other) for one, other in zip(_rows(x), _rows(y), strict=True)]
     return torch.cat(parts).to(_final(x)).sum() if parts else torch.zeros((), dtype=_final(x), device=x.device)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from gradflow.buffer import Buffer
     from gradflow.hooks import Edge, Hooks
-    from gradflow.join_taps import JoinGradients, JoinTaps
+    from gradflow.join_gradients import JoinGradients
+    from gradflow.join_taps import JoinTaps
     from gradflow.records import Call, Graph, Join, Node, Stream, Structure
 
 Use: TypeAlias = "Callable[[Tensor], None]"

@@ -7,7 +7,6 @@ gradients are placed on autograd nodes that already exist. Nothing here waits fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,57 +14,24 @@ from torch import Tensor, nn
 
 from gradflow.attention_taps import ATTENTION, AttentionTaps
 from gradflow.hooks import Hooks, undisturbed
-from gradflow.join_taps import JoinGradients, JoinTaps, closed_joins
+from gradflow.join_gradients import JoinGradients
+from gradflow.join_taps import JoinTaps
 from gradflow.layer_taps import ACTIVATIONS, LayerTaps, is_activation
 from gradflow.measurable import measurable
 from gradflow.modules import tensors_in
 from gradflow.residuals import analyse
-from gradflow.stream_taps import StreamTaps, points_besides
+from gradflow.stream_taps import StreamTaps
 from gradflow.tracing import Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gradflow.buffer import Buffer
-    from gradflow.records import Graph, Structure
+    from gradflow.plans import Plans
+    from gradflow.records import Structure
 
 _ADDITIONS = frozenset({"add", "sub"})
 _when_done = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001  runs when a backward is over
-_MOST_PLANS = 64
-"""Analyses remembered: a model whose control flow changes at every step must not fill the memory."""
-
-
-@dataclass(slots=True)
-class Plans:
-    """What earlier passes taught: their structures, and the role of each addition by the pass up to it.
-
-    `roles` maps the tracer's fingerprint just before an addition to "join", "partial" or "other"; an addition that is
-    not in it has never been seen at this place and is measured in case it turns out to be a join. `points` holds the
-    modules that are points of a trunk, None while no pass has been analysed.
-    """
-
-    structures: dict[int, tuple[Structure, frozenset[int]]] = field(default_factory=dict)
-    roles: dict[int, str] = field(default_factory=dict)
-    points: frozenset[str] | None = None
-
-    def remember(
-        self, fingerprint: int, graph: Graph, structure: Structure, additions: dict[int, int]
-    ) -> tuple[Structure, frozenset[int]]:
-        """Keep the structure of a pass, and which of its joins are closed.
-
-        `additions` maps its addition nodes to the fingerprints before them.
-        """
-        if len(self.structures) >= _MOST_PLANS:
-            self.structures.clear()
-            self.roles.clear()
-        plan = self.structures[fingerprint] = (structure, closed_joins(structure, graph.nodes))
-        self.points = (self.points or frozenset()) | points_besides(structure, graph.nodes, graph.calls)
-        joins = {join.node for join in structure.joins}
-        partial = {a.addition for join in structure.joins for a in (join.skip, *join.addends)} - joins
-        for node, before in additions.items():
-            role = "join" if node in joins else "partial" if node in partial else "other"
-            self.roles[before] = role
-        return plan
 
 
 class Taps:

@@ -36,7 +36,7 @@ LEVELS = [
         "storage manifest merging parts reading directories writer store grids readings",
     ],
     [
-        """buffer measurable hooks join_taps join_gradients ledgers layer_taps parameter_taps stream_taps attention_taps taps description recording
+        """buffer measurable hooks join_taps join_gradients ledgers layer_taps parameter_taps stream_taps attention_taps plans taps description recording
         sharding scaling stepping recorder""",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
@@ -44,7 +44,7 @@ LEVELS = [
         "plot_style plot_svg plot_compare plot_depth plot_heat plot_layers plot_time plot_tokens plotting gallery depth_series plot_series",
     ],
     [
-        "inventory summary differences report",
+        "inventory summary differences report live",
         "probing",
         "watch",
         "settings",
@@ -65,6 +65,7 @@ EVERYWHERE = {"errors", "gradflow:__version__"}
 EXCEPTIONS = {
     ("demo", "callbacks"): "the demo shows the callback at work",
     ("cli", "demo"): "a command starts it",
+    ("store", "gallery"): "Run.plot, for notebooks",
 }
 
 # Packages that only some files may import, wherever in the file the import stands.

@@ -234,7 +234,7 @@ def test_the_command_plots_how_a_model_scales_with_depth(tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--depths", "4,x"), "positive integers"), (("--depths", "2", "--widths", "2"), "got both"),
-    (("--depths", "2", "--out", "a.txt"), ".svg, .png or .pdf"),
+    (("--depths", "2", "--out", "a.txt"), ".svg, .png, .pdf"),
 ])  # fmt: skip
 def test_the_command_says_what_it_expected(tmp_path, options, message):
     done = command(tmp_path, *options)
