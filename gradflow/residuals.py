@@ -11,6 +11,7 @@ from gradflow.paths import begins_with_norm
 from gradflow.records import Branch, Join, Problem, Structure
 from gradflow.roles import Roles
 from gradflow.streams import find_streams, is_post_norm
+from gradflow.trunks import find_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,7 @@ def analyse(graph: Graph) -> Structure:
         for match, (name, labels) in zip(matches, names, strict=True)
     ]
     joins, streams = find_streams(graph, roles, joins)
+    streams += find_trunk(graph, roles, joins)
     problems = [*graph.problems, *fused_sums(roles, finder.ancestry)]
     if roles.exhausted:
         problems.append(Problem("long ways", "", "so many sums reach far back that not all could be looked into"))

@@ -1,4 +1,4 @@
-"""Chains of joins, and where there are none, the trunk of a plain stack."""
+"""Streams: chains of joins in which each join's output becomes the next one's fork."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def _runs_within(graph: Graph, call: int, outer: int) -> bool:
 
 
 def find_streams(graph: Graph, roles: Roles, joins: list[Join]) -> tuple[list[Join], tuple[Stream, ...]]:
-    """The joins with the name of their stream filled in, and the streams (or the trunk)."""
-    if not joins:
-        return joins, trunk(graph)
+    """The joins with the name of their stream filled in, and the streams."""
     chains = _chains(roles, joins)
     names = _names(graph, joins, chains)
     named = list(joins)
@@ -170,47 +168,3 @@ def _names(graph: Graph, joins: list[Join], chains: list[list[int]]) -> list[str
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}@{seen[name] - 1}")
     return names
-
-
-def trunk(graph: Graph) -> tuple[Stream, ...]:
-    """The longest chain of calls, siblings in one forward, in which each reads what the one before made."""
-    best: list[int] = []
-    by_parent: dict[int, list[int]] = {}
-    for call in graph.calls:
-        by_parent.setdefault(call.parent, []).append(call.index)
-    for siblings in by_parent.values():
-        chain = _longest(graph, siblings)
-        if len(chain) > len(best):
-            best = chain
-    if len(best) < 2:
-        return ()
-    paths = [graph.calls[c].module for c in best]
-    name = common_path(paths) or "trunk"
-    points = [path if not (k := paths[:i].count(path)) else f"{path}@{k}" for i, path in enumerate(paths)]
-    return (Stream(name, "trunk", tuple(points), tuple(graph.calls[c].outputs[0] for c in best)),)
-
-
-def _longest(graph: Graph, siblings: list[int]) -> list[int]:
-    length: dict[int, int] = {}
-    previous: dict[int, int | None] = {}
-    for position, current in enumerate(siblings):
-        call = graph.calls[current]
-        if not call.outputs or not graph.nodes[call.outputs[0]].floating:
-            continue
-        length[current], previous[current] = 1, None
-        reached = 0
-        for index in call.inputs:
-            reached |= graph.nodes[index].ancestors | 1 << index
-        for earlier in siblings[:position]:
-            if (
-                earlier in length
-                and reached >> graph.calls[earlier].outputs[0] & 1
-                and length[earlier] >= length[current]
-            ):
-                length[current], previous[current] = length[earlier] + 1, earlier
-    chain: list[int] = []
-    step: int | None = max(length, key=length.__getitem__, default=None)
-    while step is not None:
-        chain.append(step)
-        step = previous[step]
-    return chain[::-1]

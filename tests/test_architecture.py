@@ -26,14 +26,14 @@ LEVELS = [
     ],
     [
         "modules register frames attachment observation tracing",
-        "likeness roles ancestry sums paths fused joins naming streams residuals",
+        "likeness roles ancestry sums paths fused joins naming streams trunks residuals",
         "statistics geometry attention",
         "metrics",
         "theory",
     ],
     [
         "discovery",
-        "storage manifest merging parts reading directories writer store grids readings",
+        "storage manifest merging parts reading directories writer store conservation grids readings",
     ],
     [
         """buffer measurable hooks join_taps join_gradients ledgers layer_taps parameter_taps stream_taps attention_taps plans taps description recording

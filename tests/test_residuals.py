@@ -236,3 +236,35 @@ def test_ancestors_are_the_same_however_they_are_worked_out(monkeypatch):
     known = [Lineage(parents).ancestors(i) for i in range(6)]
     monkeypatch.setattr(Lineage, "_KEPT", 0)
     assert [Lineage(parents).ancestors(i) for i in range(6)] == known == [0, 1, 0b11, 0, 0b1111, 0b11111]
+
+
+def _layer(g, x, path, parent):
+    """A call of a module below `parent` with one learned operation."""
+    g.calls.append(Call(len(g.calls), path, parent, "Linear", True, inputs=(x,)))
+    g.scope, g.call = path, len(g.calls) - 1
+    y = g.op("relu", g.linear(x, f"{path}.weight"))
+    g.calls[-1] = Call(g.call, path, parent, "Linear", True, outputs=(y,), inputs=(x,))
+    g.scope, g.call = "", -1
+    return y
+
+
+def test_a_plain_part_of_a_model_has_a_trunk_beside_the_streams():
+    g = Sketch()
+    x = g.input()
+    for i in range(5):
+        x = _layer(g, x, f"stem.{i}", -1)
+    first = x
+    for i in range(2):
+        x = g.op("add", x, _layer(g, x, f"blocks.{i}", -1))
+    streams = g.analyse().streams
+    assert [(s.name, s.kind, len(s.points)) for s in streams] == [("stream", "stream", 3), ("stem", "trunk", 5)]
+    assert streams[1].nodes[-1] == first
+
+
+def test_two_layers_before_a_stream_are_no_trunk():
+    g = Sketch()
+    x = g.input()
+    for i in range(2):
+        x = _layer(g, x, f"stem.{i}", -1)
+    g.op("add", x, g.mlp(x))
+    assert [s.kind for s in g.analyse().streams] == ["stream"]
