@@ -79,10 +79,11 @@ def attention_columns(logits: Tensor, allowed: Tensor | None = None) -> dict[str
     total = weights.sum(-1)
     entropy = torch.where(valid, total.log() - (weights * shifted).sum(-1) / total, torch.zeros_like(total))
     heads = entropy.sum((0, 2)) / valid.sum((0, 2))
+    lowest = torch.where(valid.any(2).any(0), heads, torch.full_like(heads, float("inf"))).amin()
+    none = torch.full_like(lowest, float("nan"))
     return {
-        "entropy": entropy.sum() / valid.sum(),
-        "entropy_min": torch.where(valid.any(2).any(0), heads, torch.full_like(heads, float("inf"))).amin(),
-        "logit_max": shown.amax(), "keys": count.sum() / valid.sum(),
+        "entropy": entropy.sum() / valid.sum(), "entropy_min": torch.where(valid.any(), lowest, none),
+        "logit_max": torch.where(valid.any(), shown.amax(), none), "keys": count.sum() / valid.sum(),
     }  # fmt: skip
 
 

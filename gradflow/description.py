@@ -75,6 +75,11 @@ class Description:
         for name, layer in layers.items():
             self.layers.setdefault(name, layer)
 
+    def note(self, problems: Iterable[Problem]) -> None:
+        """Enter what went wrong, the first time at each place."""
+        for problem in problems:
+            self.problems.setdefault((problem.what, problem.where, ""), problem)
+
     def meta(
         self, model: nn.Module, optimizers: Sequence[Optimizer], *, stopped: dict[str, Any] | None
     ) -> dict[str, Any]:

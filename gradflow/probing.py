@@ -72,8 +72,9 @@ def probe(model: nn.Module, /, *args: Any, loss: Callable[[Any], Tensor] | None 
     description = Description(uuid4().hex, config, {})
     description.add(finished.structures, finished.layers)
     if not followed:
-        description.problems["loss", "", ""] = _NO_GRADIENT
+        description.note([_NO_GRADIENT])
     rows = finished.rows()
+    description.note(finished.problems(rows))
     tables = {table: pa.Table.from_pylist(found, schema=arrow_schema(table)) for table, found in rows.items()}
     return Run(description.meta(model, (), stopped=None), tables)
 

@@ -254,6 +254,7 @@ class Recorder:
             for step in finished:
                 self.description.add(step.structures, step.layers)
                 rows_by_table = step.rows()
+                self.description.note(step.problems(rows_by_table))
                 if self.on_rows is not None:
                     self.on_rows(step.step, headline(rows_by_table))
                 for table, rows in rows_by_table.items():

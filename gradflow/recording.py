@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from gradflow import geometry
 from gradflow.buffer import Buffer, Row
+from gradflow.conservation import balances, unbalanced
 from gradflow.hooks import undisturbed
 from gradflow.ledgers import SEPARATOR
 from gradflow.parameter_taps import ParameterTaps
+from gradflow.recomputation import Recomputations
 from gradflow.plans import Plans
 from gradflow.taps import Taps
 
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gradflow.buffer import Transfer
-    from gradflow.records import Layer, Structure
+    from gradflow.records import Layer, Problem, Structure
 
 _NAME_COLUMN = {"branches": "branch", "layers": "layer", "parameters": "parameter", "attention": "layer"}
 _COUNTS = frozenset({"n", "zeros", "saturated", "dead_units", "units", "nonfinite", "grad_zeros", "depth"})
 _RATIOS = frozenset({
-    "entropy", "entropy_min", "logit_max", "keys", "token_cosine", "effective_rank", "kurtosis", "max_over_median", "signal_share", "gradient_share",
+    "entropy", "entropy_min", "logit_max", "keys", "token_cosine", "effective_rank", "kurtosis", "max_over_median",
+    "signal_share", "gradient_share",
 })  # fmt: skip
 
 
@@ -64,6 +67,13 @@ class Finished:
             **_head(head, rows["parameters"], scale, self.windows),
         }]  # fmt: skip
         return rows
+
+    def problems(self, rows: dict[str, list[Row]]) -> list[Problem]:
+        """Ledgers of the step that do not add up."""
+        streams = {stream.name: stream for structure in self.structures for stream in structure.streams}
+        branches = {branch.name: branch for structure in self.structures for branch in structure.branches}
+        points, shares = rows["streams"], rows["branches"]
+        return unbalanced(balances(streams.values(), list(branches.values()), points, shares))
 
 
 def _named(table: str, name: str) -> Row:
@@ -138,6 +148,7 @@ class StepInProgress:
                 model, self._buffer, plans, rows=rows, tables=tables, on_error=on_error,
                 on_backward=self._seen_backward, after_backward=self._seen_gradients,
             )  # fmt: skip
+        self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
         self._parameters: ParameterTaps | None = None
         if "parameters" in tables:
             self._parameters = ParameterTaps(model, self._buffer, updates=trains, owned=owned)
@@ -187,6 +198,8 @@ class StepInProgress:
             if scale is not None and self.microbatches == 1:
                 self._buffer.put("steps", "", {"loss_scale": scale.clone() if isinstance(scale, Tensor) else scale})
         self.close_pass()
+        if self._taps is not None and self._taps.checkpointed and loss is not None and loss.grad_fn is not None:
+            self._recomputed.expect(loss.grad_fn, self._taps.points)
 
     def _seen_backward(self, loss: Tensor | None) -> None:
         """A backward pass of a training loop that is not ours and tells nothing."""
@@ -231,6 +244,7 @@ class StepInProgress:
         self.rest()
         structures: list[Structure] = []
         layers: dict[str, Layer] = {}
+        self._recomputed.close()
         if self._taps is not None:
             self._taps.finish()
             structures = self._taps.structures
@@ -248,5 +262,6 @@ class StepInProgress:
     def abandon(self) -> None:
         """Stop measuring at once; nothing of ours stays on the model."""
         self.rest()
+        self._recomputed.close()
         if self._taps is not None:
             self._taps.close()

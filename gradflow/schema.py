@@ -49,16 +49,26 @@ def _other(name: str, merge: Merge, doc: str, unit: str = "1") -> Column:
 STEP = _key("step", "int64", "optimizer step: `trainer.global_step` before the step's first micro-batch")
 RANK = Column("rank", "int64", "first", "", "process that measured the row; 0 in merged tables")
 _SHARES = (
-    _other("signal_share", "mean", "⟨f, x_L⟩/⟨x_L, x_L⟩ on the row sample: part of the stream's end that came from here"),
-    _other("gradient_share", "mean", "⟨Δ, g_0⟩/⟨g_0, g_0⟩ on the row sample: part of the gradient at the stream's start"),
-)
+    _other(
+        "signal_share", "mean",
+        "⟨f, x_L⟩/⟨x_L, x_L⟩ on the row sample: part of the stream's end that came from here. Over each piece of a "
+        "stream (`Stream.segments`) the shares of its branches and of its start add up to 1; the start's stands in "
+        "`streams` at the point that the piece begins at",
+    ),
+    _other(
+        "gradient_share", "mean",
+        "⟨Δ, g_0⟩/⟨g_0, g_0⟩ on the row sample: part of the gradient at the piece's start that came back through here. "
+        "With the share of the skip path (in `streams`, at the piece's last point) they add up to 1. Branches of one "
+        "sum that leave the fork by one operation cannot be told apart: the first holds what came through all",
+    ),
+)  # fmt: skip
 
 TABLES: dict[str, tuple[Column, ...]] = {
     "steps": (
         STEP,
         RANK,
         Column("microbatches", "int64", "first", "1", "forward-and-backward passes summed into the step"),
-        _other("loss", "mean", "mean loss of the step's micro-batches, as backpropagated (loss scale divided out)"),
+        _other("loss", "mean", "loss backpropagated, its scale divided out: summed over micro-batches, mean of closures"),
         _other("learning_rate", "first", "learning rate of the first parameter group during the step"),
         _other("grad_norm", "norm", "√(Σ over all parameter gradients of g²), before clipping"),
         _other("loss_scale", "first", "AMP loss scale that was divided out; 1 without AMP"),
@@ -74,7 +84,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _sum("dot", "Σ a·f"),
         _sum("out_sq", "Σ y²"),
         _other("out_max", "max", "max |y|"),
-        _count("nonfinite", "NaN and infinite elements of y"),
+        _count("nonfinite", "NaN and infinite elements of y; they are left out of no sum"),
         _sum("grad_out_sq", "Σ (∂L/∂y)²", gradient=True),
         _sum("grad_fork_sq", "Σ (∂L/∂F)², over all paths", gradient=True),
         _sum("grad_branch_sq", "Σ (∂L/∂F − what came back along the skip)²", gradient=True),
@@ -92,9 +102,9 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _other("out_max", "max", "max |y|"),
         _count("zeros", "elements that are exactly zero"),
         _count("saturated", "elements at the ends of a bounded activation; null for unbounded ones"),
-        _count("dead_units", "channels that are zero on every position of the step; null where the layer is no activation"),
+        _count("dead_units", "channels that are zero on every position of the step; null if this is no activation"),
         _count("units", "channels; null where the layer is no activation"),
-        _count("nonfinite", "NaN and infinite elements"),
+        _count("nonfinite", "NaN and infinite elements; they are left out of no sum"),
         _sum("grad_out_sq", "Σ (∂L/∂y)²", gradient=True),
         _count("grad_zeros", "elements of ∂L/∂y that are exactly zero"),
     ),
@@ -107,14 +117,14 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _sum("grad_sq", "Σ g², before clipping, loss scale divided out"),
         _other("grad_max", "max", "max |g|"),
         _count("grad_zeros", "elements of g that are exactly zero"),
-        _count("nonfinite", "NaN and infinite elements of g"),
-        _sum("update_sq", "Σ (w_after − w_before)²"),
+        _count("nonfinite", "NaN and infinite elements of g; they are left out of no sum"),
+        _sum("update_sq", "Σ (w_after − w_before)²; null where nothing trains it, and in a probe"),
     ),
     "attention": (
         STEP,
         RANK,
         _key("layer", "string", "name of the attention call"),
-        _other("entropy", "mean", "mean over sampled heads and queries of −Σ p ln p", "nat"),
+        _other("entropy", "mean", "mean over sampled heads and queries of −Σ p ln p; ln(keys): all alike", "nat"),
         _other("entropy_min", "min", "smallest mean entropy of one head", "nat"),
         _other("logit_max", "max", "largest logit on the sample, as it enters the softmax, masked keys left out"),
         _other("keys", "mean", "keys that a query can attend to, mean over the sample"),
@@ -129,7 +139,11 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _sum("out_sq", "Σ x²"),
         _sum("grad_sq", "Σ (∂L/∂x)²", gradient=True),
         _other("token_cosine", "mean", "mean off-diagonal cosine between positions of one sequence, on the row sample"),
-        _other("effective_rank", "mean", "exp of the entropy of the normalised singular values of the row sample"),
+        _other(
+            "effective_rank", "mean",
+            "exp of the entropy of the normalised singular values of the row sample; of 128 of its rows if rows and "
+            "width are more",
+        ),
         _other("kurtosis", "mean", "E x⁴/(E x²)² on the row sample; 3 for a normal distribution"),
         _other("max_over_median", "max", "largest over median |x| on the row sample"),
         *_SHARES,

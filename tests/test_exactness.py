@@ -22,6 +22,7 @@ from hand_nets import (
 )
 
 import gradflow
+from gradflow.conservation import balances, conservation, unbalanced
 
 
 def both(net, x, dtype=torch.float64):
@@ -145,3 +146,18 @@ def test_branches_of_one_sum_have_their_own_gradient_shares():
     rows = run.table("branches").to_pylist()
     shares = sorted(row["gradient_share"] for row in rows)
     assert shares == pytest.approx(sorted(oracle.gradient_shares(tape.joins)[1:]), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [PreNorm, PostNorm, Parallel, DetachedBranch, ScaledSkip])
+def test_conservation_is_checked_and_what_does_not_add_up_is_a_problem(kind):
+    torch.manual_seed(0)
+    run, _, _ = both(kind(), torch.randn(kind.shape), torch.float32)
+    found = conservation(run)
+    assert found
+    assert all(balance.sound and balance.signal == pytest.approx(1, abs=1e-5) for balance in found)
+    assert any(balance.gradient == pytest.approx(1, abs=1e-5) for balance in found)
+    assert unbalanced(found) == []
+    points, rows = run.table("streams").to_pylist(), run.table("branches").to_pylist()
+    rows[0]["signal_share"] += 0.5
+    problems = unbalanced(balances(run.streams, run.branches, points, rows))
+    assert [problem.what for problem in problems] == ["ledger"]
