@@ -8,9 +8,10 @@ from uuid import uuid4
 
 from gradflow.directories import new_directory, resume
 from gradflow.errors import UsageError
+from gradflow.live import LiveReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from gradflow.recorder import Recorder
 
@@ -42,10 +43,8 @@ def shielded(make: Callable[[], Any], *, strict: bool, recorder: Recorder | None
         return None
 
 
-def write_report(recorder: Recorder) -> None:
-    """Write `report.html` into the run's directory."""
-    import gradflow
-
-    target = recorder.dirpath.rstrip("/") + "/report.html"
-    gradflow.report(recorder.run, target)
-    log.info("gradflow: %s", target)
+def live_report(recorder: Recorder | None, *, report: bool, loggers: Iterable[Any] = ()) -> LiveReport | None:
+    """What rewrites the report in the run's directory and gives pictures to loggers; None where neither is wanted."""
+    if recorder is None or not (report or loggers):
+        return None
+    return LiveReport(recorder.dirpath.rstrip("/") + "/report.html" if report else None, loggers)

@@ -15,7 +15,7 @@ from gradflow.recorder import Recorder, chosen_tables
 from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 
-from .common import checked, chosen_directory, shielded, write_report
+from .common import checked, chosen_directory, live_report, shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from gradflow.live import LiveReport
     from gradflow.records import Finding
 
 
@@ -61,6 +62,7 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
         self.strict = strict
         self._watch = Watch(on_finding)
         self._recorder: Recorder | None = None
+        self._live: LiveReport | None = None
         self._trainer: Any = None
 
     @property
@@ -94,6 +96,7 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
             self._recorder.count = int(attributes.get("count", 0))
             self._recorder.scaler = getattr(getattr(self._trainer, "accelerator", None), "scaler", None)
             self._surround(self._recorder)
+        self._live = live_report(self._recorder, report=self.report)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An optimizer step begins; passes are watched while the trainer's training step runs."""
@@ -110,6 +113,9 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero and self._watch.due(recorder.written):
             stop = self._guarded(lambda: self._watch.react(recorder.run))
             control.should_training_stop = control.should_training_stop or (bool(stop) and args.world_size == 1)
+        live = self._live
+        if live is not None and live.due and state.is_world_process_zero:
+            self._guarded(lambda: live.rewrite(lambda: recorder.run, state.global_step))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write what is left, judge it, and write the report."""
@@ -120,8 +126,9 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
         recorder.close()
         if state.is_world_process_zero:
             self._guarded(lambda: self._watch.react(recorder.run, final=True))
-            if self.report:
-                self._guarded(lambda: write_report(recorder))
+            live = self._live
+            if live is not None:
+                self._guarded(lambda: live.rewrite(lambda: recorder.run, state.global_step))
 
     # ------------------------------------------------------------------ inside
 

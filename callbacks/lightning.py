@@ -12,7 +12,7 @@ from gradflow.recorder import Recorder, chosen_tables
 from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 
-from .common import checked, chosen_directory, shielded, write_report
+from .common import checked, chosen_directory, live_report, shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradflow.live import LiveReport
     from gradflow.records import Finding
 
 log = logging.getLogger("gradflow")
@@ -66,8 +67,9 @@ class GradientFlowMonitor(_Callback):
         tables: `"all"` or the names of the tables to record (`"branches"`, `"streams"`, `"layers"`, `"parameters"`).
         on_finding: What to do about a finding: `"ignore"`, `"warn"` (once each on the logger `gradflow`), `"stop"`
             (warn, and end training cleanly at a severity of error), or a callable that is given the finding.
-        report: Write `report.html` into the run's directory when training ends.
-        log: Send summary figures to the trainer's loggers.
+        report: Write `report.html` into the run's directory: at the end, and before it as often as it takes no more
+            than a hundredth of the training time.
+        log: Send summary figures to the trainer's loggers, and the overview of pictures to those that take images.
         strict: Raise on a fault of gradflow instead of switching recording off (for tests).
 
     Raises:
@@ -94,6 +96,7 @@ class GradientFlowMonitor(_Callback):
         self.strict = strict
         self._watch = Watch(on_finding)
         self._recorder: Recorder | None = None
+        self._live: LiveReport | None = None
         self._resumed: dict[str, Any] = {}
         self._stepped = False
         self._trained = False
@@ -132,6 +135,8 @@ class GradientFlowMonitor(_Callback):
             self._recorder.scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._recorder.on_rows = self._logger(trainer) if self.log else None
             self._stepped = self._trained = self._stop = False
+        loggers = trainer.loggers if self.log else []
+        self._live = self._guarded(lambda: live_report(self._recorder, report=self.report, loggers=loggers))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin an optimizer step, or go on with one that has several micro-batches."""
@@ -179,6 +184,9 @@ class GradientFlowMonitor(_Callback):
             recorder.end(trained=self._trained)
             self._stepped = self._trained = False
             self._judge(trainer)
+            live = self._live
+            if live is not None and live.due and trainer.is_global_zero:
+                self._guarded(lambda: live.rewrite(lambda: recorder.run, trainer.global_step))
         else:
             recorder.rest()
 
@@ -207,8 +215,9 @@ class GradientFlowMonitor(_Callback):
         recorder.close()
         if trainer.is_global_zero:
             self._guarded(lambda: self._watch.react(recorder.run, final=True))
-            if self.report:
-                self._guarded(lambda: write_report(recorder))
+            live = self._live
+            if live is not None:
+                self._guarded(lambda: live.rewrite(lambda: recorder.run, trainer.global_step))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was found; what was measured is written."""
@@ -235,7 +244,7 @@ class GradientFlowMonitor(_Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the options, not the recording."""
-        return {**self.__dict__, "_recorder": None}
+        return {**self.__dict__, "_recorder": None, "_live": None}
 
     # ------------------------------------------------------------------ inside
 

@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,15 +37,6 @@ class Severity(StrEnum):
     error = "error"
     warning = "warning"
     info = "info"
-
-
-class Form(StrEnum):
-    """What a report is written as."""
-
-    html = "html"
-    pdf = "pdf"
-    png = "png"
-    svg = "svg"
 
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory (path or URL), such as logs/gradflow.")]
@@ -171,25 +162,26 @@ def report(
         ),
     ] = None,
     form: Annotated[
-        Form, typer.Option("--format", help="One page, or every picture as a file of its own.")
-    ] = Form.html,
+        Literal["html", "pdf", "png", "svg"],
+        typer.Option("--format", help="One page, or every picture as a file of its own."),
+    ] = "html",
     force: Force = False,
 ) -> None:
     """Write the report of a run: one HTML file, no network; or its pictures, for a paper."""
     if out is None and "://" in run:
         raise UsageError(f"expected --out FILE for a run behind a URL, got none for {run}; name a local file")
-    target = _free(out or Path(run) / ("report.html" if form is Form.html else "figures"), force=force)
+    target = _free(out or Path(run) / ("report.html" if form == "html" else "figures"), force=force)
     with console.progress("report") as progress:
         progress(0.0, "reading")
         loaded = _load(run)
-        if form is Form.html:
+        if form == "html":
             gradflow.report(loaded, target, progress=progress)
         else:
             from gradflow import gallery
 
             found = gradflow.diagnose(loaded)
-            written = gallery.export(loaded, target, format=form.value, findings=found, progress=progress)
-    if form is Form.html:
+            written = gallery.export(loaded, target, format=form, findings=found, progress=progress)
+    if form == "html":
         console.say(f"wrote {target}")
     else:
         console.say(f"wrote {len(written)} pictures into {target}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +18,7 @@ from gradflow.metrics import DERIVED
 from gradflow.schema import TABLES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from gradflow.records import Finding
     from gradflow.rules.registry import Rule
@@ -35,6 +37,18 @@ def say(text: str, *, style: str = "", error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     lines = [safe(line) for line in text.split("\n")]
     _console(stream).print(Text("\n".join(lines), style=style), soft_wrap=True)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar on stderr while something long goes on, on a terminal only; it takes the part done and what comes next."""
+    if not sys.stderr.isatty():
+        yield lambda _part, _what: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[what]}"))
+    with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+        task = bar.add_task(title, total=1.0, what="")
+        yield lambda part, what: bar.update(task, completed=part, what=safe(what))
 
 
 def print_json(value: Any) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib.style
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gradflow import plot_compare, plot_depth, plot_heat, plot_layers, plot_time, plot_tokens
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
     from gradflow.grids import Tables
     from gradflow.records import Finding
@@ -122,6 +124,10 @@ COMPARISONS: tuple[Picture, ...] = (
 """Pictures of several runs; their `plot` takes a mapping from name to run."""
 
 
+def silent(_part: float, _what: str) -> None:
+    """The progress that nobody looks at."""
+
+
 def ledgers(run: Tables, most: int = 3) -> list[Picture]:
     """The forward and the backward ledger of the longest pieces of streams, those of the most branches first.
 
@@ -194,8 +200,11 @@ def export(
     *,
     format: Literal["pdf", "png", "svg"] = "pdf",  # noqa: A002
     findings: Sequence[Finding] = (),
+    progress: Callable[[float, str], object] = silent,
 ) -> list[Path]:
     """Write every picture that the run has data for as a file of its own into `directory`; return their paths.
+
+    `progress` is told what part is done and what comes next.
 
     Raises:
         UsageError: `format` is none of pdf, png, svg.
@@ -204,12 +213,23 @@ def export(
         raise UsageError(f"expected a format of pdf, png or svg, got {format!r}")
     view, folder, written = View.of(run), Path(directory), []
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in (*PICTURES, *ledgers(view)):
+    pictures = (*PICTURES, *ledgers(view))
+    for place, picture in enumerate(pictures):
+        progress(place / len(pictures), picture.title)
         if picture.available(view):
             path = folder / f"{picture.key}.{format}"
             _save(draw(picture, view, findings=findings, title=True), path, format)
             written.append(path)
     return written
+
+
+def pixels(figure: Figure, dpi: int = 100) -> NDArray[np.uint8]:
+    """The figure as an image of shape (height, width, RGB), for experiment loggers."""
+    canvas: Any = FigureCanvasAgg(figure)  # parts of matplotlib come without types
+    figure.set_dpi(dpi)
+    with matplotlib.style.context(["default", style.SETTINGS]), quiet():
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba(), dtype=np.uint8)[..., :3].copy()
 
 
 def _save(figure: Figure, path: Path, format: str) -> None:  # noqa: A002

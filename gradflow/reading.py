@@ -94,15 +94,18 @@ class PartRows:
         return (rows if since is None else rows.filter(pc.greater_equal(rows["step"], since))).select(list(names))
 
     def _blank(self, held: _Held, names: Sequence[str], error: Exception) -> pa.Table:
-        """Nulls in the place of what is broken; where step or names are, nothing can be said of the rows."""
-        if not {"step", *parts.keys(self._table)}.isdisjoint(names):
+        """Nulls in the place of what is broken; without steps and names nothing can be said of the rows at all."""
+        sound = ["step", *(name for name in ("rank", *parts.keys(self._table)) if name in names)]
+        lost = [name for name in names if name not in sound]
+        try:
+            rows = parts.read_part(self._storage, self._table, held.part, only=sound)[0]
+        except (OSError, pa.ArrowException, ValueError):
             raise self._changed() from error
-        problem = f"{held.part.path(self._table)}: {', '.join(names)} left out: {error!s:.300}"
+        problem = f"{held.part.path(self._table)}: {', '.join(lost)} left out: {error!s:.300}"
         if problem not in self.problems:
             self.problems.append(problem)
-        rows = parts.read_part(self._storage, self._table, held.part, only=["step"])[0]
         schema = parts.conform(self._table, parts.arrow_schema(self._table).empty_table())[0].schema
-        for name in names:
+        for name in lost:
             rows = rows.append_column(name, pa.nulls(rows.num_rows, schema.field(name).type))
         return rows
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from gradflow.store import Run
 
 
+Progress: TypeAlias = Callable[[float, str], object]
+"""Is told what part of the work is done, from 0 to 1, and what comes next."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A picture as it stands on the page."""
@@ -47,26 +51,44 @@ class Section:
     pictures: tuple[Shown, ...]
 
 
-def report(run: Run, path: str | os.PathLike[str], *, findings: Sequence[Finding] | None = None) -> Path:
+def report(
+    run: Run,
+    path: str | os.PathLike[str],
+    *,
+    findings: Sequence[Finding] | None = None,
+    progress: Progress = gallery.silent,
+) -> Path:
     """Write the report of a run to `path` and return it.
 
     Args:
         run: What to report on.
         path: The HTML file; its folder is made if need be, and an older report there is replaced as a whole.
         findings: What is wrong, if already known; by default `gradflow.diagnose(run)`.
+        progress: Is told what part of the work is done and what comes next.
 
     Raises:
         RunError: The file cannot be written.
     """
-    return _write(render(run, findings=findings), path)
+    return _write(render(run, findings=findings, progress=progress), path)
 
 
-def render(run: Run, *, findings: Sequence[Finding] | None = None) -> str:
+def render(run: Run, *, findings: Sequence[Finding] | None = None, progress: Progress = gallery.silent) -> str:
     """The report as text, for those who want to store or show it themselves."""
     view = View(run)
+    progress(0.0, "looking for findings")
     found = summary.ordered(_diagnose(run) if findings is None else findings)
     checks = _checks()
     strip = summary.depth_strip(run, found)
+    progress(0.35, "reading figures")
+    tables = {
+        "figures": summary.key_figures(view),
+        "branches": inventory.branches(view, found),
+        "points": inventory.points(view, found),
+        "layers": inventory.layers(view, found),
+        "parameters": inventory.parameters(view, found),
+    }
+    pictures = [*gallery.PICTURES, *gallery.ledgers(view)]
+    sections = _sections(pictures, view, found, lambda part, what: progress(0.45 + 0.55 * part, what))
     return _environment().get_template("report.html").render(
         **_common(),
         model=str(run.meta.get("model") or "unnamed model"),
@@ -76,13 +98,9 @@ def render(run: Run, *, findings: Sequence[Finding] | None = None) -> str:
         serious=[(at, finding) for at, finding in enumerate(found, 1) if finding.severity != "info"],
         strip=strip,
         strip_text=_strip_text(strip),
-        figures=summary.key_figures(view),
-        troubles=summary.troubles(run),
-        sections=_sections([*gallery.PICTURES, *gallery.ledgers(view)], view, found),
-        branches=inventory.branches(view, found),
-        points=inventory.points(view, found),
-        layers=inventory.layers(view, found),
-        parameters=inventory.parameters(view, found),
+        **tables,
+        troubles=summary.troubles(run),  # after everything has been read: a broken part shows when it is
+        sections=sections,
         recording=summary.recording(run, view),
         checks=checks,
     )  # fmt: skip
@@ -182,12 +200,16 @@ def _strip_text(strip: Sequence[summary.Cell]) -> str:
 
 
 def _sections(
-    pictures: Sequence[Picture], run: Tables | Mapping[str, Tables], findings: Sequence[Finding]
+    pictures: Sequence[Picture],
+    run: Tables | Mapping[str, Tables],
+    findings: Sequence[Finding],
+    progress: Progress = gallery.silent,
 ) -> list[Section]:
     """The pictures that have data, drawn, under their headings."""
     runs = run.values() if isinstance(run, Mapping) else (run,)
     drawn: dict[str, list[Shown]] = {}
-    for picture in pictures:
+    for place, picture in enumerate(pictures):
+        progress(place / len(pictures), picture.title.lower())
         if any(picture.available(one) for one in runs):
             svg = Markup(gallery.picture_svg(picture, run, findings=findings))  # noqa: S704 (made by an XML writer)
             drawn.setdefault(picture.section, []).append(Shown(picture.key, picture.title, picture.reading, svg))

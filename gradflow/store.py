@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,6 +136,29 @@ class Run:
             return [(parameter.name,) for parameter in self.parameters]
         return [(layer.name,) for layer in self.layers]
 
+    def pandas(self, name: str, *, per_rank: bool = False) -> Any:
+        """Return a table as a `pandas.DataFrame`.
+
+        Raises:
+            RunError: pandas is not installed.
+        """
+        _imported("pandas")
+        return self.table(name, per_rank=per_rank).to_pandas()
+
+    def polars(self, name: str, *, per_rank: bool = False) -> Any:
+        """Return a table as a `polars.DataFrame`.
+
+        Raises:
+            RunError: Polars is not installed.
+        """
+        return _imported("polars").from_arrow(self.table(name, per_rank=per_rank))
+
+    def plot(self) -> Any:
+        """Return the pictures that say most in one `matplotlib.figure.Figure`, which a notebook shows."""
+        from gradflow import gallery  # the way up, for the notebook's sake: nothing below needs matplotlib
+
+        return gallery.overview(self)
+
     def summary(self) -> dict[str, str]:
         """Return what fits on a card: the model, how much was recorded, and whether anything is amiss."""
         steps = self.steps
@@ -206,6 +230,16 @@ def _conformed(name: str, rows: pa.Table) -> pa.Table:
         return parts.conform(name, rows)[0]
     except parts.ForeignPartError as error:
         raise UsageError(f"{error} (table {name!r} of a run in memory)") from error
+
+
+def _imported(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise RunError(
+            f"expected {package} to be installed, got {error}; run: pip install {package}, "
+            "or use Run.table, which returns a pyarrow.Table"
+        ) from error
 
 
 def _steps_of(rows: pa.Table | PartRows) -> npt.NDArray[np.int64]:

@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import sys
 import time
 
 import numpy as np
@@ -384,6 +385,29 @@ def test_the_notebook_view_is_escaped():
 def test_the_repr_says_how_much_there_is(run_dir):
     assert "steps='2 (0 to 1)'" in repr(load(run_dir))
     assert "branches='2'" in repr(load(run_dir))
+
+
+def test_a_table_is_a_frame_of_pandas_or_polars_in_one_call(run_dir):
+    polars, pandas = map(pytest.importorskip, ("polars", "pandas"))
+    run = load(run_dir)
+    frames = run.pandas("branches"), run.polars("branches")
+    assert (type(frames[0]), type(frames[1])) == (pandas.DataFrame, polars.DataFrame)
+    for frame in frames:
+        assert list(frame.columns) == run.table("branches").column_names
+        assert list(frame["branch_ratio"]) == run.table("branches")["branch_ratio"].to_pylist()
+    assert list(run.pandas("branches", per_rank=True)["rank"]) == run.table("branches", per_rank=True)["rank"].to_pylist()
+
+
+@pytest.mark.parametrize("package", ["pandas", "polars"])
+def test_a_library_that_is_missing_is_named_with_the_way_to_get_it(run_dir, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(GradflowError, match=f"expected {package} to be installed.* run: pip install {package}"):
+        getattr(load(run_dir), package)("branches")
+
+
+def test_a_run_plots_itself(run_dir):
+    figure = load(run_dir).plot()
+    assert any(ax.get_ylabel() == "branch RMS / skip RMS" for ax in figure.axes)
 
 
 def test_other_readers_take_the_folder_as_it_is(run_dir):
