@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradflow.modules import tensors_in
 from gradflow.records import Call
+from gradflow.reentrant import follows_gradients
 
 if TYPE_CHECKING:
     from gradflow.register import Register
@@ -61,7 +62,10 @@ class Frames:
                     inputs.append(node)
                     if tensor.grad_fn is not None:  # a custom function gives its result another node when it is done
                         register.edges[node] = (tensor.grad_fn, tensor.output_nr)
-        parent, grad = stack[-1].index if stack else -1, torch.is_grad_enabled()
+                    elif not stack and tensor.requires_grad and node not in register.edges:
+                        edge = torch.autograd.graph.get_gradient_edge(tensor)  # a leaf made by `detach`
+                        register.edges[node] = (edge.node, edge.output_nr)
+        parent, grad = stack[-1].index if stack else -1, follows_gradients()
         first = len(register.rows)
         frame = _Frame(len(self._all), path, parent, type(module).__name__, grad, first, tuple(inputs))
         self._all.append(frame)

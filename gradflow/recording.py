@@ -18,13 +18,13 @@ from gradflow.hooks import undisturbed
 from gradflow.ledgers import SEPARATOR
 from gradflow.parameter_taps import ParameterTaps
 from gradflow.recomputation import Recomputations
-from gradflow.plans import Plans
 from gradflow.taps import Taps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gradflow.buffer import Transfer
+    from gradflow.plans import Plans
     from gradflow.records import Layer, Problem, Structure
 
 _NAME_COLUMN = {"branches": "branch", "layers": "layer", "parameters": "parameter", "attention": "layer"}

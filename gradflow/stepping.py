@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class OptimizerHooks:
-    """Calls `before(optimizer, has_closure)` and `after(optimizer)` around every step of the optimizers, until `remove`.
+    """Calls `before(optimizer, has_closure)` and `after(optimizer)` around the steps of optimizers, until `remove`.
 
     A closure that an optimizer is given (LBFGS calls it several times) runs between `watch()` and `rest()`.
     """

@@ -95,7 +95,7 @@ class StreamTaps:
                     measured.append((name, found.swapped() if sequence_first else found))
                 edge = edges.get(node)
                 if depth == 0 and stream.kind == "stream" and stream.nodes[1] in gradients:
-                    edge = gradients[stream.nodes[1]].fork
+                    edge = gradients[stream.nodes[1]].fork or edge
                 if edge is not None:
                     self._hooks.gradient(edge, self._gradient_of(name))
             if stream.kind == "stream":

@@ -17,18 +17,20 @@ from gradflow.hooks import Hooks, undisturbed
 from gradflow.join_gradients import JoinGradients
 from gradflow.join_taps import JoinTaps
 from gradflow.layer_taps import ACTIVATIONS, LayerTaps, is_activation
+from gradflow.ledgers import SEPARATOR
 from gradflow.measurable import measurable
 from gradflow.modules import tensors_in
+from gradflow.reentrant import follows_gradients, in_checkpoint
 from gradflow.residuals import analyse
 from gradflow.stream_taps import StreamTaps
 from gradflow.tracing import Tracer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gradflow.buffer import Buffer
     from gradflow.plans import Plans
-    from gradflow.records import Structure
+    from gradflow.records import Node, Structure
 
 _ADDITIONS = frozenset({"add", "sub"})
 _when_done = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001  runs when a backward is over
@@ -58,6 +60,8 @@ class Taps:
         self._on_error = on_error
         self._passes: list[StreamTaps] = []
         self._number = 0
+        self.checkpointed = False  # whether a reentrant checkpoint ran: its gradients come when it is computed again
+        self.points: dict[str, str] = {}
         self._new_pass()
 
     def _new_pass(self) -> None:
@@ -117,7 +121,7 @@ class Taps:
         """Measure the result of a watched operation (runs at every one of a sampled step)."""
         try:
             made = self.tracer.nodes[node]
-            grad = torch.is_grad_enabled()
+            grad = follows_gradients()
             with undisturbed():
                 if token is not None:
                     before, entry = token
@@ -137,8 +141,9 @@ class Taps:
     def entered(self, call: int, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that a module's forward begins."""
         self._streams.entered(call, module)
+        self.checkpointed = self.checkpointed or in_checkpoint()
         if self.layers is not None:
-            self.layers.entered(call, path, module, grad=torch.is_grad_enabled())
+            self.layers.entered(call, path, module, grad=follows_gradients())
 
     def exited(self, call: int, path: str, module: nn.Module, output: Any) -> None:
         """Measure the output of a module's forward that has ended."""
@@ -231,9 +236,12 @@ class Taps:
         for join in structure.joins:
             if "branches" in self._tables and self._joins.emit(join, self.buffer):
                 taken = JoinGradients(join, self.buffer, self.hooks, closed=join.node in closed)
-                taken.attach(edges, graph.nodes)
+                again = self.checkpointed and not graph.nodes[join.node].requires_grad
+                taken.attach({} if again else edges, graph.nodes)
                 gradients[join.node] = taken
         if "streams" in self._tables:
+            if self.checkpointed:
+                self.points |= _points_computed_again(structure, graph.nodes, edges)
             self._streams.finish(structure, self._joins, gradients, edges, graph)
             self._passes.append(self._streams)
         self._new_pass()
@@ -270,3 +278,15 @@ def _all_measurable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _overwrites(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return name in {"__iadd__", "__isub__"} or (name.endswith("_") and not name.endswith("__"))
+
+
+def _points_computed_again(structure: Structure, nodes: Sequence[Node], edges: dict[int, Any]) -> dict[str, str]:
+    """Rows of the stream points that a reentrant checkpoint hides from autograd, by the branch whose join they are."""
+    joins = {join.node: join for join in structure.joins}
+    hidden = {node: join for node, join in joins.items() if not nodes[node].requires_grad and node not in edges}
+    return {
+        hidden[node].branches[0].name: stream.name + SEPARATOR + point
+        for stream in structure.streams
+        for point, node in zip(stream.points, stream.nodes, strict=True)
+        if node in hidden
+    }

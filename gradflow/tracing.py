@@ -16,7 +16,7 @@ from gradflow.records import Graph, Node
 from gradflow.register import Register
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
     from torch import nn
@@ -46,6 +46,8 @@ class Tracer(TorchFunctionMode):
         self._watches = observer.watches if observer is not None else frozenset()
         self._attachment = Attachment(self, self._enter_call, self._exit_call, aside=observer is not None)
         self._failed = False
+        self.when_outermost_ends: Callable[[], None] | None = None
+        self.recomputes = False  # whether to trace inside a backward pass, which is otherwise left out
         self._names: dict[int, tuple[str, bool]] = {}
         self.clear()
 
@@ -121,7 +123,7 @@ class Tracer(TorchFunctionMode):
     # ---------------------------------------------------------------- module calls
 
     def _enter_call(self, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
-        if self._failed or _current_backward() != -1:
+        if self._failed or (_current_backward() != -1 and not self.recomputes):
             return
         try:
             with torch._C.DisableTorchFunction():  # noqa: SLF001
@@ -132,7 +134,7 @@ class Tracer(TorchFunctionMode):
             self._fault(error)
 
     def _exit_call(self, path: str, module: nn.Module, output: Any) -> None:
-        if self._failed or _current_backward() != -1:
+        if self._failed or (_current_backward() != -1 and not self.recomputes):
             return
         place = self._frames.running(path)
         if place is None:  # the mode was opened, or the pass taken, inside this forward
@@ -142,6 +144,8 @@ class Tracer(TorchFunctionMode):
                 self.observer.exited(self._frames.call_at(place), path, module, output)
             with torch._C.DisableTorchFunction():  # noqa: SLF001
                 self._frames.end(place, module, output)
+            if not place and self.when_outermost_ends is not None:
+                self.when_outermost_ends()
         except Exception as error:  # noqa: BLE001
             self._fault(error)
 
@@ -153,7 +157,7 @@ class Tracer(TorchFunctionMode):
         """Run one operation and put it into the graph (runs at every operation)."""
         kwargs = kwargs or {}
         what = operation(func)
-        if what.unseen or self._failed or _current_backward() != -1:
+        if what.unseen or self._failed or (_current_backward() != -1 and not self.recomputes):
             return func(*args, **kwargs)
         if what.name in self._watches or what.name in _BACKWARD:
             return self._observed(what, func, args, kwargs)

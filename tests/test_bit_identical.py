@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from trainings import (
     WIDTH,
-    Block,
     Recurrent,
     ResidualMLP,
     ResNet,

@@ -22,9 +22,9 @@ from trainings import (
     half,
     monitor,
     seed,
+    traces,
     trained,
     trainer,
-    traces,
 )
 
 import gradflow
@@ -160,7 +160,10 @@ def test_recomputation_counts_nothing_twice(checkpointing, tmp_path):
         for a, b in zip(expected, found, strict=True):
             assert a.keys() == b.keys()
             for key in a:
-                expected = a[key] if isinstance(a[key], str) else pytest.approx(a[key], rel=1e-4, abs=1e-9)
+                if key == "gradient_share" and checkpointing == "reentrant":
+                    assert b[key] is None  # the gradients of a whole stream never stand together
+                    continue
+                expected = a[key] if isinstance(a[key], (str, type(None))) else pytest.approx(a[key], rel=1e-4, abs=1e-9)
                 assert b[key] == expected, (table, key, a, b)
 
 

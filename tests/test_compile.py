@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from trainings import BATCH, TOKENS, WIDTH, ResidualMLP, Task, fit, monitor, seed, trainer, traces
+from trainings import BATCH, TOKENS, WIDTH, ResidualMLP, Task, fit, monitor, seed, traces, trainer
 
 import gradflow
 

@@ -18,7 +18,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
-from trainings import BATCH, TOKENS, WIDTH, ResidualMLP, Task, Transformer, batches, fit, monitor, same, seed, trained, trainer, traces
+from trainings import (
+    BATCH,
+    TOKENS,
+    WIDTH,
+    ResidualMLP,
+    Task,
+    Transformer,
+    batches,
+    fit,
+    monitor,
+    same,
+    seed,
+    traces,
+    trained,
+    trainer,
+)
 
 import gradflow
 from gradflow import frames, recording, taps, tracing

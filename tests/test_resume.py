@@ -170,7 +170,7 @@ def test_resumed_training_ends_in_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"every_n_steps": 7, "tables": ["layers"]}])
 def test_state_of_a_callback_that_never_trained_is_empty(options, tmp_path):
-    watching = monitor(tmp_path, **{"every": options.pop("every_n_steps", 1)}, **options)
+    watching = monitor(tmp_path, every=options.pop("every_n_steps", 1), **options)
     assert watching.state_dict() == {}
     copy.deepcopy(watching).load_state_dict({"run_id": "x", "count": 3})
     assert watching.state_dict() == {}

@@ -18,7 +18,7 @@ from trainings import BATCH, TOKENS, WIDTH, seed
 import gradflow
 from gradflow.errors import GradflowError
 
-NAMES = ["<script>alert(1)</script>", "a b", "../../etc", "{{ 7*7 }}", "x\" onload=\"alert(1)", "层", "$x^2$", "a\nb", "]]></style>"]
+NAMES = ["<script>alert(1)</script>", "a b", "../../etc", "{{ 7*7 }}", 'x" onload="alert(1)', "层", "$x^2$", "a\nb", "]]></style>"]
 
 
 class Hostile(nn.Module):

@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from gradflow.callbacks import GradientFlowMonitor
 
