@@ -25,7 +25,7 @@ LEVELS = [
         "corpus",
     ],
     [
-        "modules register frames attachment observation tracing",
+        "modules register reentrant frames attachment observation tracing",
         "likeness roles ancestry sums paths fused joins naming streams trunks residuals",
         "statistics geometry attention",
         "metrics",
@@ -36,7 +36,7 @@ LEVELS = [
         "storage manifest merging parts reading directories writer store conservation grids readings",
     ],
     [
-        """buffer measurable hooks join_taps join_gradients ledgers layer_taps parameter_taps stream_taps attention_taps plans taps description recording
+        """buffer measurable hooks join_taps join_gradients ledgers layer_taps parameter_taps stream_taps attention_taps plans taps recomputation description recording
         sharding scaling stepping recorder""",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
@@ -52,7 +52,7 @@ LEVELS = [
         "factories",
     ],
     [
-        "callbacks.lightning callbacks",
+        "callbacks.common callbacks.huggingface callbacks.lightning callbacks",
         "demo",
         "series_command cli __main__",
     ],
