@@ -105,7 +105,8 @@ def logit_growth(view: View) -> list[Finding]:
     first = np.array([column[k][0] if k.any() else np.nan for column, k in zip(logit.T, known.T, strict=True)])
     with np.errstate(invalid="ignore"):
         high = known & (logit > GROWN.value) & ((logit > GREW * first) | (logit > 10 * GROWN.value))
-    chosen = np.flatnonzero(lasting(high, known))
+    # A logit that grows crosses the threshold late: the last two samples say that it did.
+    chosen = np.flatnonzero(lasting(high, known, least=0.5) & (high | ~known)[-2:].all(axis=0))
     if not len(chosen):
         return []
     now = settled(logit)

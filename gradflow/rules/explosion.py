@@ -217,7 +217,7 @@ def spikes(view: View) -> list[Finding]:
     harmful = [i for i in lone if not _tamed(view, int(i))]
     worst = max(harmful or lone, key=lambda i: float(norm[i] / usual[i]))
     times = float(norm[worst] / usual[worst])
-    lifted = float(loss[worst]) > 1.5 * float(running_median(loss)[worst])
+    lifted = float(loss[worst]) > 1.5 * float(median(loss[max(0, worst - 3) : worst]))
     return [
         Finding(
             code="gradient-spike",

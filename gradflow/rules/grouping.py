@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 ROOTS: dict[str, tuple[str, ...]] = {
     "dead-units": ("rank-collapse", "signal-collapse", "vanishing-gradient"),
+    "blocked-gradient": ("gradient-underflow",),
     "frozen-parameter": (
         "blocked-gradient",
         "gradient-underflow",
@@ -72,6 +73,8 @@ def _follows(finding: Finding, root: Finding) -> bool:
         return bool(root.evidence["measured"] >= ALIKE_DEAD)
     if finding.code == "signal-explosion":
         return finding.where[0] == root.where[0]
+    if root.code == "signal-explosion":
+        return root.steps[0] <= finding.steps[0]
     if finding.code == "frozen-parameter":
         return finding.severity == "info" or bool(finding.evidence["cause"] == "update")
     return True

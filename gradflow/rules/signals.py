@@ -29,6 +29,10 @@ TOTAL_GROWTH = Threshold(
     "1",
     "a pre-norm stream of 24 joins reaches 25 (1 + L)",
 )
+TOTAL_GROWTH_NORMED = Threshold(
+    "signal-explosion.total-normed", "the same in a pre-norm stream that began sound", 1e4, "1",
+    "trained pre-norm models with small embeddings grow by hundreds, late layers adding most",
+)  # fmt: skip
 SHRINK = Threshold(
     "signal-collapse.gain",
     "gain of the variance a layer",
@@ -92,6 +96,9 @@ def _grows_with_depth(view: View, profile: Profile) -> Finding | None:
     total = logs[:, -1] - logs[:, 1]
     known = np.isfinite(total) & np.isfinite(mean)
     mask = known & (np.fmin(mean, typical) > limit) & (total > math.log(TOTAL_GROWTH.value))
+    if profile.placement == "pre-norm" and not (len(mask) and mask[0]):
+        # Branches that read a norm cannot compound: only weights that training itself grew make it look like this.
+        mask &= total > math.log(TOTAL_GROWTH_NORMED.value)
     if not lasting(mask[:, None], known[:, None])[0]:
         return None
     recent = profile.recent
@@ -260,7 +267,7 @@ EXPLOSION: Rule = Rule(
         "pre-norm's, and the whole above the total; or the stream's end a hundred times its start and growing while "
         "the loss does not fall."
     ),
-    thresholds=(GROWTH, TOTAL_GROWTH, OUTGROWN),
+    thresholds=(GROWTH, TOTAL_GROWTH, TOTAL_GROWTH_NORMED, OUTGROWN),
     source="De & Smith 2020, arXiv:2002.10444; Zhang et al. 2019, Fixup, arXiv:1901.09321",
     check=explosion,
 )
