@@ -53,6 +53,15 @@ def test_dot_products_are_those_of_a_float64_sum(dtype):
         assert float(s.sum_squared_differences(x, y)) == pytest.approx(wanted, rel=REL[dtype])
 
 
+@pytest.mark.parametrize("value", [0.1, 3.3e-7, 7.7e5])
+def test_a_constant_does_not_add_up_its_rounding(value):
+    x = torch.full((300_000,), value)
+    exact = float(x[0].double())
+    assert float(s.sum_squares(x)) == pytest.approx(300_000 * exact**2, rel=6e-6)
+    assert float(s.dot(x, x)) == pytest.approx(300_000 * exact**2, rel=2e-6)
+    assert float(s.total(x)) == pytest.approx(300_000 * exact, rel=2e-6)
+
+
 def test_each_function_gives_its_own_part_of_measure():
     x = torch.randn(40, 50)
     x[3] = 0
@@ -67,7 +76,7 @@ def test_each_function_gives_its_own_part_of_measure():
 def test_small_differences_of_large_numbers_keep_their_digits():
     x = torch.full((10_000,), 1e4)
     y = x + 2.0**-6
-    assert float(s.sum_squared_differences(y, x)) == 10_000 * 2.0**-12
+    assert float(s.sum_squared_differences(y, x)) == pytest.approx(10_000 * 2.0**-12, rel=1e-7)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "permuted", "sliced", "expanded", "channels_last"])
