@@ -45,6 +45,9 @@ NETWORKS = frozenset({
     "rnn_relu_cell", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
 })  # fmt: skip
 ADDITIONS = frozenset({"add", "sub"})
+# A sum and a product in one operation; the first operand is what is added to.
+FUSED_SUMS = frozenset({"addcmul", "addcdiv", "addmm", "baddbmm", "addbmm", "addmv", "addr"})
+ATTENTION = "scaled_dot_product_attention"
 # What a loss does to a difference.
 ERRORS = frozenset({"pow", "square", "abs", "norm", "vector_norm", "linalg_norm", "huber_loss", "smooth_l1_loss"})
 POOLED = frozenset({"mean", "max", "amax"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gradflow import families
 from gradflow.records import Problem
 
 if TYPE_CHECKING:
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
     from gradflow.records import Node
     from gradflow.roles import Roles
 
-# Operations with an addition inside; the first operand is what is added to.
-_FUSED = frozenset({"addcmul", "addcdiv", "addmm", "baddbmm", "addbmm", "addmv", "addr"})
-
 
 def fused_sums(roles: Roles, ancestry: Ancestry) -> list[Problem]:
     """Fused sums, and sums over a stack, whose operands stand to each other as skip and branch do."""
@@ -23,7 +21,8 @@ def fused_sums(roles: Roles, ancestry: Ancestry) -> list[Problem]:
     for node in roles.nodes:
         operands = fused_operands(roles, node)
         if operands and any(
-            _is_skip(roles, ancestry, skip, operands) for skip in operands[: 1 if node.op in _FUSED else None]
+            _is_skip(roles, ancestry, skip, operands)
+            for skip in operands[: 1 if node.op in families.FUSED_SUMS else None]
         ):
             reason = "a residual sum inside this operation is not measured; written as x + f(x) it would be"
             found.append(Problem(node.op, node.scope, reason))
@@ -32,7 +31,7 @@ def fused_sums(roles: Roles, ancestry: Ancestry) -> list[Problem]:
 
 def fused_operands(roles: Roles, node: Node) -> Sequence[int]:
     """What a fused sum adds up, nothing for other operations."""
-    if node.op in _FUSED:
+    if node.op in families.FUSED_SUMS:
         return node.parents
     stacked = node.op == "sum" and len(node.parents) == 1 and roles.nodes[node.parents[0]].op == "stack"
     return roles.nodes[node.parents[0]].parents if stacked else ()

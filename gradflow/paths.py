@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from gradflow.roles import Roles
 
 _SIDEWAYS = families.ADDITIONS | {"mul", "div", "where", "masked_fill", "maximum", "minimum"}
-_ATTENTION = "scaled_dot_product_attention"
 # States of a way, as bits: nothing learned yet; learned; nonlinear after that; learned again after that.
 _PLAIN, _ONCE, _BENT, _TWICE = 1, 2, 4, 8
 
@@ -28,7 +27,7 @@ def enters_by_itself(roles: Roles, fork: int, branch: int) -> bool:
             if roles.like.identity_parent(consumer) == index or _with_fixed(roles, consumer):
                 seen.add(consumer)
                 queue.append(consumer)
-            elif node.op in _SIDEWAYS or (node.op == _ATTENTION and index not in node.parents[:3]):
+            elif node.op in _SIDEWAYS or (node.op == families.ATTENTION and index not in node.parents[:3]):
                 continue
             elif node.floating:
                 return True
@@ -115,7 +114,7 @@ def _after(roles: Roles, index: int, state: int, ways: int) -> int:
     node = roles.nodes[index]
     if node.op in families.NETWORKS or (node.op == "opaque" and roles.weights[index] is not None):
         return _TWICE
-    if roles.weights[index] is not None:
+    if roles.weights[index] is not None and node.op != families.ATTENTION:
         return (_ONCE if state & (_PLAIN | _ONCE) else 0) | (_TWICE if state & (_BENT | _TWICE) else 0)
     product = node.op in {"mul", "div"} or node.op in families.LINEAR_MAPS
     if ways > 1 if product else node.op not in families.LINEAR:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gradflow.fused import fused_sums
@@ -34,7 +35,11 @@ def analyse(graph: Graph) -> Structure:
         for match, (name, labels) in zip(matches, names, strict=True)
     ]
     joins, streams = find_streams(graph, roles, joins)
-    streams += find_trunk(graph, roles, joins)
+    names_taken = {stream.name for stream in streams}
+    streams += tuple(
+        replace(trunk, name=f"{trunk.name}@trunk") if trunk.name in names_taken else trunk
+        for trunk in find_trunk(graph, roles, joins)
+    )
     problems = [*graph.problems, *fused_sums(roles, finder.ancestry)]
     if roles.exhausted:
         problems.append(Problem("long ways", "", "so many sums reach far back that not all could be looked into"))

@@ -145,7 +145,12 @@ class Roles:
 
     def _combined(self, node: Node) -> frozenset[int] | None:
         """Weights of two or more dimensions that any other operation combines with what is no weight."""
-        floats = [p for p in node.parents if self.nodes[p].floating]
+        factors = node.parents
+        if node.op == families.ATTENTION:
+            factors = factors[:_QKV]  # what follows is a mask or a bias
+        elif node.op in families.FUSED_SUMS:
+            factors = factors[1:]  # what comes first is added
+        floats = [p for p in factors if self.nodes[p].floating]
         weights = frozenset(p for p in floats if self.weighty[p] and wide_dims(self.nodes[p].shape) > 1)
         return weights if weights and not all(self.weighty[p] for p in floats) else None
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gradflow.roles import Roles
 
 # Beside joins a chain must be a stack of its own, not the few modules between two blocks.
-_LEAST, _LEAST_LEARNED = 4, 3
+_LEAST, _LEAST_LEARNED = 4, 4
 
 
 def find_trunk(graph: Graph, roles: Roles, joins: Sequence[Join]) -> tuple[Stream, ...]:

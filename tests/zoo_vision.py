@@ -348,3 +348,17 @@ def global_context():
         return x + m.f(context)
 
     return Net(forward, stem=conv(), k=conv(D, 1, 1), f=nn.Sequential(conv(D, 4, 1), nn.ReLU(), conv(4, D, 1))), image()
+
+
+@trap({"1": 1}, projections=1)
+def attention_beside_a_projection():
+    """CoAtNet's first attention of a stage: pooled convolution on the skip, attention with a learned bias in the branch"""
+
+    def forward(m, x):
+        q, k, v = m.qkv(F.avg_pool2d(m.n(x), 2)).flatten(2).unflatten(1, (3, D)).transpose(2, 3).unbind(1)
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=m.bias)[:, 0]
+        return m.s(F.avg_pool2d(x, 2)) + m.o(y.transpose(1, 2).unflatten(2, (4, 4)))
+
+    bias = nn.Parameter(torch.randn(1, 16, 16))
+    parts = dict(n=nn.BatchNorm2d(D), qkv=conv(D, 3 * D, 1), s=conv(D, 16, 1), o=conv(D, 16, 1), bias=bias)
+    return chain(forward, parts), image()
