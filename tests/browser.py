@@ -11,8 +11,11 @@ import sys
 import tempfile
 from pathlib import Path  # noqa: TC003
 
+ROOT = Path(__file__).parents[1]
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
 HOW_TO_GET_IT = "no Chromium on the PATH: install it (Debian, Ubuntu: `apt-get install chromium`) to run the browser tests"
+AXE = next((path for path in [Path(os.environ.get("AXE_CORE", "")), ROOT / ".venv/node_modules/axe-core/axe.min.js"] if path.is_file()), None)
+HOW_TO_GET_AXE = "axe-core was not found: npm install --prefix .venv axe-core, or name its axe.min.js in AXE_CORE"
 # Chromium reads commands from descriptor 3 and answers on 4.
 _LAUNCH = """
 import os, sys
@@ -44,9 +47,9 @@ OVERLAPS = """
 
 
 class Browser:
-    """A page that can be opened, resized, asked and photographed. Use as a context manager."""
+    """Chromium with one page, which can be opened, resized, asked and photographed. Use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         self.profile = tempfile.mkdtemp(prefix="chromium-")
         to_it, self._write = os.pipe()
         self._read, from_it = os.pipe()
@@ -59,19 +62,27 @@ class Browser:
         self._buffer, self._last, self.events = b"", 0, []
         self._session = None
         try:
-            self._open(path)
+            self._start()
         except BaseException:
             self.__exit__()
             raise
 
-    def _open(self, path: Path) -> None:
+    def _start(self) -> None:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+
+    def open(self, path: Path) -> Browser:
+        """Show a page, as if nothing had been shown before."""
         self.size(1280, 800)
+        self.media()
+        self.send("Page.navigate", url="about:blank")
+        self.wait_for("Page.loadEventFired")
+        self.events.clear()
         self.send("Page.navigate", url=path.resolve().as_uri())
         self.wait_for("Page.loadEventFired")
+        return self
 
     def __enter__(self) -> Browser:
         return self
@@ -135,6 +146,12 @@ class Browser:
     def pdf(self, path: Path) -> Path:
         path.write_bytes(base64.b64decode(self.send("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"]))
         return path
+
+    def axe(self) -> list[str]:
+        """What axe-core objects to: rule, and the first element that breaks it."""
+        self.ask(AXE.read_text(encoding="utf-8") + "; 0")
+        ask = "axe.run({iframes: false}).then(r => r.violations.map(v => v.id + ': ' + v.help + ' ' + v.nodes[0].html.slice(0, 200)))"
+        return self.ask(ask)
 
     def overlaps(self) -> list[str]:
         """Texts of the figures that are cut off or that lie on one another."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from gradflow import readings, summary
+from gradflow import gallery, readings, summary
 from gradflow.errors import RunError, UsageError
 from gradflow.grids import View
 from gradflow.report import compare, papers, render, render_comparison, report
@@ -64,6 +64,12 @@ class Page(HTMLParser):
         return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Pages are made without drawing, for tests of their words: nine tenths of a page's time is its pictures."""
+    monkeypatch.setattr(gallery, "picture_svg", lambda picture, *_, **__: f'<svg class="plot"><title id="{picture.key}"></title></svg>')
+
+
 @pytest.fixture(scope="module")
 def sick() -> Page:
     return Page(render(runs.prenorm(blocks=4, last=1000), findings=runs.findings()))
@@ -96,6 +102,7 @@ def test_a_finding_has_evidence_why_next_and_confidence(sick):
         assert words in text, words
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_errors_come_before_warnings_before_notes():
     page = Page(render(runs.prenorm(blocks=1, last=2), findings=runs.findings()[::-1]))
     assert re.findall(r"\d (error|warning|info) [a-z-]+ step", page.text) == ["error", "error", "warning", "info"]
@@ -110,18 +117,21 @@ def test_a_healthy_run_says_on_what_evidence(healthy):
     assert "Findings" not in text.split("Signal over depth")[0].replace("Sections", "")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_findings_come_from_the_rules_unless_they_are_given():
     text = Page(render(runs.trunk(last=1000))).text
     assert "vanishing-gradient" in text
     assert "Healthy" not in text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_when_it_started_is_told_wherever_it_was_written():
     for place in ({"started": "2026-01-05T10:00:00+00:00"}, {"started": "", "config": {"rows": 9, "started": "2026-01-05T10:00:00+00:00"}}):
         text = Page(render(runs.Maker(blocks=1, last=2).run(**place), findings=[])).text
         assert "Started 2026-01-05 10:00:00 UTC" in text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_notes_alone_leave_a_run_healthy():
     note = runs.finding(severity="info", code="massive-activation")
     assert "Healthy: nothing is wrong" in Page(render(runs.prenorm(blocks=1, last=2), findings=[note])).text
@@ -143,6 +153,7 @@ def test_a_model_without_branches_says_so_and_still_has_its_trunk_layers_and_par
     assert "fig-ratio-depth" not in page.ids
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_recording_that_stopped_says_from_when_and_why():
     text = Page(render(runs.broken(blocks=2, last=300), findings=[])).text
     assert "Recording stopped at step 300: OSError: no space left on device" in text
@@ -212,10 +223,11 @@ def test_the_page_has_landmarks_a_language_and_a_text_for_every_picture(sick):
 
 
 def test_the_report_is_the_same_each_time():
-    run = runs.prenorm(blocks=2, last=50)
+    run = runs.prenorm(blocks=1, last=2)
     assert render(run, findings=runs.findings()) == render(run, findings=runs.findings())
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path):
     path = tmp_path / "new" / "report.html"
     assert report(runs.prenorm(blocks=1, last=2), path, findings=[]) == path
@@ -253,7 +265,7 @@ def test_the_ledgers_error_is_measured():
     assert readings.ledger_error(View(runs.Run(maker.meta(), tables))) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("count", [1, 9])
 def test_any_number_of_runs_is_compared(count):
     page = Page(render_comparison({f"run {i}": runs.prenorm(blocks=1 + i, last=50, seed=i) for i in range(count)}, findings=[[]] * count))
     assert f"{count} run{'s' if count > 1 else ''} compared" in page.text
@@ -261,6 +273,7 @@ def test_any_number_of_runs_is_compared(count):
     assert len([plot for plot in page.all("svg") if plot.get("class") == "plot"]) == 6
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_differences_are_said_in_words_with_numbers():
     pair = {"with": runs.postnorm(last=1000), "without": runs.trunk(last=1000)}
     text = Page(render_comparison(pair, findings=[[], runs.findings()])).text
@@ -270,11 +283,13 @@ def test_differences_are_said_in_words_with_numbers():
     assert "massive-activation was found" not in text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_runs_that_do_not_differ_have_no_differences():
     same = {"a": runs.prenorm(blocks=2, last=200), "b": runs.prenorm(blocks=2, last=200)}
     assert "Differences that matter" not in Page(render_comparison(same, findings=[[], []])).text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_runs_are_named_by_the_shortest_path_that_tells_them_apart(tmp_path):
     made = [runs.prenorm(blocks=1, last=2) for _ in range(3)]
     for run, path in zip(made, ("logs/version_0/gradflow", "logs/version_1/gradflow", None)):
@@ -292,6 +307,7 @@ def test_comparing_nothing_is_refused(tmp_path):
         compare([], tmp_path / "compare.html")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_hostile_run_names_are_shown_and_never_obeyed():
     page = Page(render_comparison({name: runs.prenorm(blocks=1, last=2) for name in runs.HOSTILE}, findings=[[]] * len(runs.HOSTILE)))
     assert all(tag in ALLOWED for tag, _ in page.elements)
@@ -304,15 +320,6 @@ def test_a_run_of_fifty_branches_and_two_hundred_steps_is_reported_in_under_four
     path = report(run, tmp_path / "report.html")
     assert time.process_time() - start < 4
     assert path.stat().st_size < 1_500_000
-
-
-@pytest.mark.slow
-def test_a_thousand_branches_by_five_thousand_steps_is_reported_in_under_thirty_seconds(tmp_path):
-    run = runs.prenorm(blocks=500, steps=np.arange(5000), light=True)
-    start = time.process_time()
-    path = report(run, tmp_path / "report.html", findings=[])
-    assert time.process_time() - start < 30
-    assert path.stat().st_size < 5_000_000
 
 
 def test_papers_are_links_and_the_text_around_them_stays_text():

@@ -1,12 +1,13 @@
 """The pages in a real browser: nothing on the console, nothing asked for, nothing cut off, light, dark, phone, paper."""
 
+import os
 import re
 import subprocess
 from itertools import pairwise
 
 import pytest
 import runs
-from browser import CHROMIUM, HOW_TO_GET_IT, Browser
+from browser import AXE, CHROMIUM, HOW_TO_GET_AXE, HOW_TO_GET_IT, Browser
 
 from gradflow.report import compare, report
 
@@ -43,11 +44,28 @@ PAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def page(request, tmp_path_factory):
-    path = PAGES[request.param](tmp_path_factory.mktemp("page") / "page.html")
-    with Browser(path) as browser:
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The file of a page, made once for all processes that run tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "pages"
+
+    def make(name):
+        path = folder / f"{name}.html"  # written as a whole: what is there is complete
+        return path if path.is_file() else PAGES[name](path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with Browser() as browser:
         yield browser
+
+
+@pytest.fixture(scope="module")
+def page(request, made, browser):
+    return browser.open(made(request.param))
 
 
 every_page = pytest.mark.parametrize("page", PAGES, indirect=True)
@@ -70,6 +88,13 @@ def test_text_stands_out_in_light_and_in_dark(page):
         page.media(scheme=scheme)
         assert page.ask(CONTRAST) == []
     page.media()
+
+
+@pytest.mark.skipif(AXE is None, reason=HOW_TO_GET_AXE)
+@every_page
+def test_axe_finds_no_barrier(page):
+    page.size(*LAPTOP)
+    assert page.axe() == []
 
 
 @every_page
@@ -143,20 +168,23 @@ def test_the_checks_of_this_file_notice_what_they_look_for(page):
     assert any(text.startswith("clipped") for text in found)
     page.ask("document.querySelector('.verdict p').style.color = '#cfe9de'")
     assert page.ask(CONTRAST) != []
+    if AXE is not None:
+        page.ask("document.documentElement.removeAttribute('lang')")
+        assert any(text.startswith("html-has-lang") for text in page.axe())
     page.ask("console.error('seen')")
     assert page.complaints() != []
 
 
-def test_chromium_itself_takes_a_screenshot_of_a_report(tmp_path):
-    path = PAGES["trunk"](tmp_path / "report.html")
+def test_chromium_itself_takes_a_screenshot_of_a_report(made, tmp_path):
+    path = made("trunk")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1280,800", path.as_uri()]
     subprocess.run(command, check=True, timeout=120, capture_output=True)
     assert (tmp_path / "shot.png").stat().st_size > 20_000
 
 
-def test_headings_descend_by_one(tmp_path):
-    with Browser(PAGES["full of findings"](tmp_path / "page.html")) as browser:
-        levels = browser.ask("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
+@every_page
+def test_headings_descend_by_one(page):
+    levels = page.ask("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
     assert all(after - before <= 1 for before, after in pairwise(levels))
 
 
