@@ -190,13 +190,11 @@ class JoinTaps:
         return True
 
     def samples(self, join: Join) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
-        """Row samples of a measured join: skip, branches, output."""
+        """Row samples of a measured join: skip, branches, output; None for a term not seen as it entered the sum."""
         entry = self.sums[join.node]
-        return (
-            entry.terms[_place(join.skip)].sample,
-            [entry.terms[_place(addend)].sample for addend in join.addends],
-            entry.sample,
-        )
+        terms = [entry.terms.get(_place(addend)) for addend in (join.skip, *join.addends)]
+        skip, *branches = [None if term is None else term.sample for term in terms]
+        return skip, branches, entry.sample
 
 
 def _place(addend: Addend) -> Place:
