@@ -86,9 +86,21 @@ class Likeness:
         return node.parents[0] if some else None
 
     def _joined(self, node: Node) -> int | None:
-        """A concatenation that is padding, or puts a few tokens in front."""
+        """A concatenation that is padding, puts a few tokens in front, or puts the pieces of a split together again."""
+        whole = self._reassembled(node)
+        if whole is not None:
+            return whole
         most = max(node.parents, key=lambda p: size(self._nodes[p].shape))
         return most if 2 * size(self._nodes[most].shape) > size(node.shape) else None
+
+    def _reassembled(self, node: Node) -> int | None:
+        """The tensor whose pieces, each identity-like to itself, are concatenated in their order."""
+        ends = [self._nodes[self.chain(p)[-1]] for p in node.parents]
+        pieces = [(end.parents[:1], end.detail.get("output"), end.detail.get("outputs")) for end in ends]
+        first = pieces[0][0]
+        if first and pieces == [(first, place, len(pieces)) for place in range(len(pieces))]:
+            return first[0] if all(end.op in families.SLICES for end in ends) else None
+        return None
 
     def _copied(self, node: Node) -> int | None:
         """What was copied, if it fills the tensor."""

@@ -362,3 +362,17 @@ def attention_beside_a_projection():
     bias = nn.Parameter(torch.randn(1, 16, 16))
     parts = dict(n=nn.BatchNorm2d(D), qkv=conv(D, 3 * D, 1), s=conv(D, 16, 1), o=conv(D, 16, 1), bias=bias)
     return chain(forward, parts), image()
+
+
+@trap({"1": 1, "2": 1})
+def class_token_apart():
+    """MViT: the class token is split off, the others are pooled, and both are put together again on the skip"""
+
+    def forward(m, x):
+        token, patches = torch.tensor_split(x, (1,), dim=1)
+        pooled = F.max_pool1d(patches.transpose(1, 2), 3, 1, 1).transpose(1, 2)
+        return torch.cat([token, pooled], 1) + m.f(m.n(x))
+
+    parts = lambda: dict(f=mlp(), n=nn.LayerNorm(D))
+    net = nn.Sequential(nn.Linear(D, D), *[Net(forward, **parts()) for _ in range(2)])
+    return net, (torch.randn(2, 3, D),)
