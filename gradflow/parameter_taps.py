@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from gradflow.buffer import Buffer
 
 
+_COLUMNS = {"square": "grad_sq", "largest": "grad_max", "zeros": "grad_zeros", "nonfinite": "nonfinite"}
+
+
 def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by name, the first name for a shared one, without the segments that wrappers add."""
     names = names_by_identity(model)
@@ -26,14 +29,18 @@ def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class ParameterTaps:
-    """The parameters of one sampled step. Weights are copied at its start (for `updates`): their memory once more."""
+    """The parameters of one sampled step. Weights are copied at its start (for `updates`): their memory once more.
+
+    With `norm_only` nothing but Σ g² is measured, which the global norm is made of.
+    """
 
     def __init__(
         self, model: nn.Module, buffer: Buffer, *, updates: bool = True,
-        owned: Callable[[nn.Parameter], bool] = lambda _: True,
+        owned: Callable[[nn.Parameter], bool] = lambda _: True, norm_only: bool = False,
     ) -> None:  # fmt: skip
         self._buffer = buffer
         self._updates = updates
+        self._wanted = ("square",) if norm_only else ("square", "largest", "zeros", "nonfinite")
         self._parameters = {n: p for n, p in parameter_names(model).items() if not nn.parameter.is_lazy(p) and owned(p)}
         self._before: dict[str, Tensor] = {}
         self._gradients: dict[str, dict[str, Tensor | float | None]] = {}
@@ -41,6 +48,8 @@ class ParameterTaps:
 
     def start(self) -> None:
         """Measure and keep the weights."""
+        if len(self._wanted) == 1:
+            return
         for name, parameter in self._parameters.items():
             weight = measurable(parameter.detach())
             if weight is None:
@@ -79,7 +88,7 @@ class ParameterTaps:
             gradient = self._parameters[name].grad
             visible = None if gradient is None or name in besides else _visible(gradient)
             if visible is not None:
-                self._gradients[name] = _measured(visible)
+                self._gradients[name] = _measured(visible, self._wanted)
                 measured.add(name)
         return measured
 
@@ -100,9 +109,5 @@ def _visible(gradient: Tensor) -> Tensor | None:
     return gradient.coalesce() if gradient.layout == torch.sparse_coo else measurable(gradient.detach())
 
 
-def _measured(gradient: Tensor) -> dict[str, Tensor | float | None]:
-    found = statistics.measure(gradient, ("square", "largest", "zeros", "nonfinite"))
-    return {
-        "grad_sq": found["square"], "grad_max": found["largest"], "grad_zeros": found["zeros"],
-        "nonfinite": found["nonfinite"],
-    }  # fmt: skip
+def _measured(gradient: Tensor, wanted: tuple[str, ...]) -> dict[str, Tensor | float | None]:
+    return {_COLUMNS[name]: value for name, value in statistics.measure(gradient, wanted).items()}

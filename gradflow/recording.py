@@ -149,15 +149,14 @@ class StepInProgress:
                 on_backward=self._seen_backward, after_backward=self._seen_gradients,
             )  # fmt: skip
         self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
-        self._parameters: ParameterTaps | None = None
-        if "parameters" in tables:
-            self._parameters = ParameterTaps(model, self._buffer, updates=trains, owned=owned)
+        self._parameters = ParameterTaps(
+            model, self._buffer, updates=trains, owned=owned, norm_only="parameters" not in tables
+        )
 
     def start(self, learning_rate: Any) -> None:
         """Measure the weights, and begin to watch."""
         with undisturbed():
-            if self._parameters is not None:
-                self._parameters.start()
+            self._parameters.start()
             if learning_rate is not None:
                 value = learning_rate.detach().double() if isinstance(learning_rate, Tensor) else float(learning_rate)
                 self._buffer.put("steps", "", {"learning_rate": value})
@@ -203,7 +202,7 @@ class StepInProgress:
 
     def _seen_backward(self, loss: Tensor | None) -> None:
         """A backward pass of a training loop that is not ours and tells nothing."""
-        if self._parameters is not None and self._parameters.cleared():
+        if self._parameters.cleared():
             self.zeroed()
         self.backward(loss, self.scale())
 
@@ -221,8 +220,6 @@ class StepInProgress:
 
     def gradients(self, parameters: Iterable[Tensor] | None, *, scaled: bool) -> None:
         """Gradients stand as backward left them, before clipping; `scaled` if the loss scale is still in them."""
-        if self._parameters is None:
-            return
         with undisturbed():
             names = self._parameters.gradients(parameters, besides=self._settled)
         self._scaled = (self._scaled | names) if scaled else (self._scaled - names)
@@ -232,8 +229,6 @@ class StepInProgress:
 
         Those that no backward pass was seen for are measured as they stand.
         """
-        if self._parameters is None:
-            return
         names = self._parameters.names(parameters)
         self._settled |= names & self._parameters.measured
         self.gradients(self._parameters.of(names - self._settled), scaled=scaled)
@@ -250,8 +245,7 @@ class StepInProgress:
             structures = self._taps.structures
             layers = self._taps.layers.layers if self._taps.layers is not None else {}
         with undisturbed():
-            if self._parameters is not None:
-                self._parameters.finish()
+            self._parameters.finish()
             self._buffer.put("steps", "", {"loss": self._loss})
             transfer = self._buffer.transfer()
         seconds = time.perf_counter() - self._began

@@ -121,6 +121,14 @@ def test_gradients_are_recorded_before_clipping(tmp_path):
     assert math.sqrt(sum(updates.values())) == pytest.approx(1e-4, rel=1e-2)
 
 
+def test_the_global_norm_is_there_without_the_table_of_parameters(tmp_path):
+    model, x = Net(), batch()
+    expected = plain(model, lambda m: m(x).sum())
+    run = recorded(model, None, lambda: model(x).sum().backward(), tmp_path, tables="branches")
+    assert run.table("parameters").num_rows == 0
+    assert run.table("steps")["grad_norm"].to_pylist() == [pytest.approx(math.sqrt(sum(expected.values())), rel=1e-5)]
+
+
 @pytest.mark.parametrize("make", [
     lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.SGD(p, 0.1, fused=True),
     lambda p: torch.optim.AdamW(p, 0.1, fused=True),
