@@ -234,9 +234,10 @@ def rules(
         bool, typer.Option("--markdown", help="Print the page on findings of the documentation.")
     ] = False,
 ) -> None:
-    """Print the rules behind the findings: thresholds, sources, and how they did on labelled runs.
+    """Print the rules behind the findings, and their record.
 
-    Thresholds can be set per project: [tool.gradflow.thresholds] in pyproject.toml, by the keys printed here.
+    With each: thresholds, sources, and how it did on labelled runs. Thresholds can be set per project:
+    [tool.gradflow.thresholds] in pyproject.toml, by the keys printed here.
     """
     from gradflow import handbook
     from gradflow.rules import RULES

@@ -82,3 +82,23 @@ def test_thresholds_are_put_back_after_an_error():
         assert threshold.value == 9.0
         raise RuntimeError
     assert threshold.value == threshold.default
+
+
+def test_check_applies_the_settings_of_the_project_and_says_so(project, monkeypatch, capsys):
+    import gradflow
+    from gradflow import cli
+    from gradflow.records import Finding
+
+    seen = {}
+
+    def diagnose(run, *, thresholds):
+        seen.update(thresholds)
+        return [Finding("dead-units", "error", ("x",), (0, 1), "Dead.", {}, "Why.", "Do.")]
+
+    monkeypatch.setattr(gradflow, "diagnose", diagnose)
+    monkeypatch.chdir(project('[tool.gradflow]\nignore = ["dead-units"]\nthresholds = { "silent-branch.ratio" = 0.01 }\n'))
+    cli._judge(runs.exploding(), fail_on=cli.Severity.warning, ignore=[], as_json=False)
+    out, err = capsys.readouterr()
+    assert seen == {"silent-branch.ratio": 0.01}
+    assert out.startswith("no findings")
+    assert "pyproject.toml apply" in err
