@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from gradflow.errors import RunError
-from gradflow.recorder import Recorder, chosen_tables
+from gradflow.options import chosen_tables
+from gradflow.recorder import Recorder
 from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 

@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradflow.errors import RunError
-from gradflow.recorder import Recorder, chosen_tables
+from gradflow.options import chosen_tables
+from gradflow.recorder import Recorder
 from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 
@@ -210,10 +211,11 @@ class GradientFlowMonitor(_Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is left, judge it, and write the report."""
         recorder = self._recorder
-        if recorder is None:
-            return
-        recorder.close()
-        if trainer.is_global_zero:
+        if recorder is not None:
+            recorder.close()
+        if trainer.world_size > 1 and not self._idle(trainer):
+            trainer.strategy.barrier("gradflow")  # the report is about what all ranks have written
+        if recorder is not None and trainer.is_global_zero:
             self._guarded(lambda: self._watch.react(recorder.run, final=True))
             live = self._live
             if live is not None:

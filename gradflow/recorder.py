@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 from uuid import uuid4
 
-import torch
 from torch import Tensor, nn
 
 from gradflow.description import Description
 from gradflow.directories import new_directory
 from gradflow.errors import GradflowError, UsageError
 from gradflow.headline import headline
+from gradflow.options import absolute, chosen_tables, is_sampled, listed, positive
 from gradflow.plans import Plans
 from gradflow.recording import Finished, StepInProgress
 from gradflow.scaling import is_scaled, loss_scale
@@ -27,6 +25,7 @@ from gradflow.store import Run, load
 from gradflow.writer import RunWriter
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Iterator
 
     from torch.optim import Optimizer
@@ -37,11 +36,6 @@ FLUSH_STEPS = 20
 """Sampled steps after which measured rows are written."""
 FLUSH_SECONDS = 30.0
 """Seconds after which measured rows are written."""
-
-
-def is_sampled(count: int, every_n_steps: int) -> bool:
-    """Whether the training step number `count` is sampled: 0, 1, 2, 4, 8, ... below the cadence, then its multiples."""
-    return count % every_n_steps == 0 or (count < every_n_steps and count & (count - 1) == 0)
 
 
 class Recorder:
@@ -88,9 +82,9 @@ class Recorder:
         if not isinstance(model, nn.Module):
             raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model that is trained")
         self.model = model
-        self.optimizers = _listed(optimizer)
-        self.every_n_steps = _positive("every_n_steps", every_n_steps)
-        self.rows = _positive("rows", rows)
+        self.optimizers = listed(optimizer)
+        self.every_n_steps = positive("every_n_steps", every_n_steps)
+        self.rows = positive("rows", rows)
         self.tables = chosen_tables(tables)
         self.scaler = scaler
         self.strict = strict
@@ -100,7 +94,7 @@ class Recorder:
         self.on_rows: Callable[[int, dict[str, float]], None] | None = None
         self.stopped: dict[str, Any] | None = None
         path = "gradflow" if dirpath is None else dirpath
-        self.dirpath = new_directory(_absolute(path)) if claim else _absolute(path)
+        self.dirpath = new_directory(absolute(path)) if claim else absolute(path)
         self.description = Description(run_id or uuid4().hex, _config(self), dict(info or {}))
         self._writer = RunWriter(self.dirpath, rank=rank)
         self._plans = Plans()
@@ -222,9 +216,11 @@ class Recorder:
             self._unhook()
             if current.microbatches == 0:
                 current.abandon()
+                self._raise_noted()
             else:
-                self._finished.append(current.finish())
-            self._raise_noted()
+                finished = current.finish()
+                self._raise_noted()
+                self._finished.append(finished)
         self.count += current.microbatches > 0
         self._current = None
         due = len(self._finished) >= FLUSH_STEPS or time.monotonic() - self._flushed_at > FLUSH_SECONDS
@@ -250,22 +246,26 @@ class Recorder:
         if not finished or self.stopped is not None:
             return
         with self._faults(finished[0].step):
-            tables: dict[str, list[dict[str, Any]]] = {}
-            for step in finished:
-                self.description.add(step.structures, step.layers)
-                rows_by_table = step.rows()
-                self.description.note(step.problems(rows_by_table))
-                if self.on_rows is not None:
-                    self.on_rows(step.step, headline(rows_by_table))
-                for table, rows in rows_by_table.items():
-                    if table == "steps" or table in self.tables:
-                        tables.setdefault(table, []).extend(rows)
-            for table, rows in tables.items():
-                columns = [column.name for column in TABLES[table] if column.name != "rank"]
-                self._writer.append(table, {name: [row.get(name) for row in rows] for name in columns})
-            self._writer.write_meta(self._meta())
-            self._writer.flush()
-            self.written += len(finished)
+            self._write(finished)
+
+    def _write(self, finished: list[Finished]) -> None:
+        """Write measured steps, in one part a table, and what the run says of itself."""
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for step in finished:
+            self.description.add(step.structures, step.layers)
+            rows_by_table = step.rows()
+            self.description.note(step.problems(rows_by_table))
+            if self.on_rows is not None:
+                self.on_rows(step.step, headline(rows_by_table))
+            for table, rows in rows_by_table.items():
+                if table == "steps" or table in self.tables:
+                    tables.setdefault(table, []).extend(rows)
+        for table, rows in tables.items():
+            columns = [column.name for column in TABLES[table] if column.name != "rank"]
+            self._writer.append(table, {name: [row.get(name) for row in rows] for name in columns})
+        self._writer.write_meta(self._meta())
+        self._writer.flush()
+        self.written += len(finished)
 
     def close(self) -> None:
         """Write everything; the recorder can go on afterwards."""
@@ -320,47 +320,27 @@ class Recorder:
         """Recording is off for good: say so, once, and leave the model as it was found."""
         if self.stopped is not None:
             return
-        lost = min([step, *(waiting.step for waiting in self._finished)])
-        self.stopped = {"step": lost, "error": f"{type(error).__name__}: {error}"}
-        current, self._current, self._finished = self._current, None, []
+        current, self._current = self._current, None
+        waiting, self._finished = self._finished, []
+        self.stopped = {"step": step, "error": f"{type(error).__name__}: {error}"}
         if not self.strict:
-            log.warning("gradflow stopped recording at step %d; training goes on", lost, exc_info=error)
-        try:
-            self._unhook()
-        finally:
-            self._abandoned(current)
-
-    def _abandoned(self, current: StepInProgress | None) -> None:
-        try:
-            if current is not None:
-                current.abandon()
-        except Exception:
-            log.debug("a step could not be abandoned", exc_info=True)
-        try:
-            self._writer.write_meta(self._meta())
-        except Exception:
-            log.debug("run.json could not say that recording stopped", exc_info=True)
+            log.warning("gradflow stopped recording at step %d; training goes on", step, exc_info=error)
+        _quietly(self._unhook)
+        if current is not None:
+            _quietly(current.abandon)
+        if waiting and not _quietly(lambda: self._write(waiting)):  # measured before the fault
+            self.stopped["step"] = waiting[0].step
+        _quietly(lambda: self._writer.write_meta(self._meta()))
 
 
-def chosen_tables(tables: Literal["all"] | Iterable[str]) -> frozenset[str]:
-    """The tables asked for, checked."""
-    names = set(TABLES) if tables == "all" else {tables} if isinstance(tables, str) else set(tables)
-    unknown = names - set(TABLES)
-    if unknown:
-        raise UsageError(f"expected tables among {', '.join(TABLES)}, got {', '.join(sorted(map(str, unknown)))}")
-    return frozenset(names)
-
-
-def _listed(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"expected {name} to be an integer of at least 1, got {value!r}")
-    return value
+def _quietly(action: Callable[[], object]) -> bool:
+    """Do what can still be done after a fault; whether it could."""
+    try:
+        action()
+    except Exception:
+        log.debug("not possible after a fault", exc_info=True)
+        return False
+    return True
 
 
 def _config(recorder: Recorder) -> dict[str, Any]:
@@ -369,9 +349,3 @@ def _config(recorder: Recorder) -> dict[str, Any]:
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    """A path that stays the same when the process changes its working directory; URLs as they are."""
-    text = os.fspath(path)
-    return text if "://" in text else str(Path(text).absolute())

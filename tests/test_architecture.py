@@ -36,7 +36,7 @@ LEVELS = [
         "storage manifest merging parts reading directories writer store conservation grids readings",
     ],
     [
-        """buffer measurable hooks join_taps join_gradients ledgers layer_taps parameter_taps stream_taps attention_taps plans taps recomputation description recording
+        """buffer measurable hooks join_taps join_gradients ledgers layer_taps parameter_taps stream_taps attention_taps plans taps recomputation description options recording
         sharding scaling stepping recorder""",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
         rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision

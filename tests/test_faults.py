@@ -115,7 +115,8 @@ def test_strict_raises_a_bug_of_ours(layer, tmp_path, monkeypatch):
     assert traces(module)["modes"] == 0
 
 
-def test_bug_that_comes_late_costs_only_what_comes_after(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("flush", [1, 20])
+def test_bug_that_comes_late_costs_only_what_comes_after(flush, tmp_path, caplog, monkeypatch):
     original, calls = recording.StepInProgress.finish, []
 
     def broken(self):
@@ -125,7 +126,7 @@ def test_bug_that_comes_late_costs_only_what_comes_after(tmp_path, caplog, monke
         return original(self)
 
     monkeypatch.setattr(recording.StepInProgress, "finish", broken)
-    monkeypatch.setattr("gradflow.recorder.FLUSH_STEPS", 1)
+    monkeypatch.setattr("gradflow.recorder.FLUSH_STEPS", flush)
     watching = survives(tmp_path, caplog)
     assert watching.run.steps == [0, 1, 2, 3]
     assert watching.run.meta["stopped"]["step"] == 4

@@ -11,7 +11,7 @@ from trainings import BATCH, TOKENS, WIDTH, ResidualMLP, Transformer, same, seed
 
 import gradflow
 from gradflow.errors import UsageError
-from gradflow.recorder import is_sampled
+from gradflow.options import is_sampled
 
 
 def batch(number: int = 0) -> torch.Tensor:
