@@ -68,7 +68,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         STEP,
         RANK,
         Column("microbatches", "int64", "first", "1", "forward-and-backward passes summed into the step"),
-        _other("loss", "mean", "loss backpropagated, its scale divided out: summed over micro-batches, mean of closures"),
+        _other("loss", "mean", "loss backpropagated, unscaled: summed over micro-batches, mean of closures"),
         _other("learning_rate", "first", "learning rate of the first parameter group during the step"),
         _other("grad_norm", "norm", "√(Σ over all parameter gradients of g²), before clipping"),
         _other("loss_scale", "first", "AMP loss scale that was divided out; 1 without AMP"),
