@@ -262,6 +262,18 @@ def test_report_goes_where_it_is_told(gf, healthy, tmp_path):
     assert not (healthy / "report.html").exists()
 
 
+@pytest.mark.parametrize(("form", "start"), [("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_report_writes_every_picture_as_a_file_for_a_paper(gf, healthy, tmp_path, form, start):
+    folder = tmp_path / "paper"
+    status, out, err = gf("report", healthy, "--format", form, "-o", folder)
+    files = sorted(folder.iterdir())
+    assert (status, out, err) == (0, f"wrote {len(files)} pictures into {folder}\n", "")
+    assert {path.suffix for path in files} == {f".{form}"}
+    assert files
+    assert all(path.read_bytes().startswith(start) for path in files)
+    assert gf("report", healthy, "--format", form, "-o", folder)[0] == 2
+
+
 def test_report_of_a_run_behind_a_url_needs_a_file_to_write(gf, tmp_path):
     url = f"memory://cli/{tmp_path.name}"
     write_run(url)
