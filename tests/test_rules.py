@@ -412,3 +412,21 @@ def test_healthy_training_raises_no_alarm_at_any_step_of_the_way(name):
         tables = {t: run.table(t).select([c.name for c in schema.TABLES[t]]) for t in schema.TABLES}
         so_far = Run(run.meta, {t: table.filter(pc.less_equal(table["step"], step)) for t, table in tables.items()})
         assert alarms(so_far) == [], step
+
+
+def test_branches_that_drown_after_a_dominant_one_are_its_consequence_and_those_before_are_not():
+    def make(code, depth):
+        return Finding(code, "warning", ("x",), (0, 1), f"{code}.", {"depth": depth, "measured": 0.0}, "", "")
+
+    dominant = make("dominant-branch", 4)
+    assert [f.code for f in grouping.grouped([dominant, make("silent-branch", 6)])] == ["dominant-branch"]
+    assert len(grouping.grouped([dominant, make("silent-branch", 2)])) == 2
+
+
+def test_what_began_before_an_explosion_does_not_follow_from_it():
+    def make(code, first):
+        return Finding(code, "warning", ("x",), (first, 100), f"{code}.", {"measured": 0.0}, "", "")
+
+    explosion = make("signal-explosion", 16)
+    assert len(grouping.grouped([explosion, make("attention-entropy-collapse", 0)])) == 2
+    assert [f.code for f in grouping.grouped([explosion, make("attention-entropy-collapse", 32)])] == ["signal-explosion"]

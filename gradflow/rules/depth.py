@@ -126,7 +126,7 @@ def _layer_profile(view: View) -> list[Profile]:
         for i, name in enumerate(grid.names)
         if WEIGHT_LAYERS.search(kinds[i]) and modules.get(name, name) not in repeated
     ]
-    if len(columns) < LEAST_POINTS or view.run.streams:
+    if len(columns) < LEAST_POINTS or any(stream.kind == "stream" for stream in view.run.streams):
         return []
     n = grid["n"][:, columns]
     n = np.where(n > 0, n, np.nan)

@@ -29,6 +29,7 @@ ROOTS: dict[str, tuple[str, ...]] = {
     "vanishing-gradient": ("dead-units",),
     "inert-depth": ("silent-branch",),
     "signal-explosion": ("dominant-branch",),
+    "silent-branch": ("dominant-branch",),
 }
 """Which findings a code can be a consequence of, the likeliest first."""
 ALIKE_DEAD = 0.8
@@ -71,6 +72,8 @@ def _follows(finding: Finding, root: Finding) -> bool:
         return bool(finding.evidence["measured"] < ALIKE_DEAD) or starved
     if finding.code == "vanishing-gradient":
         return bool(root.evidence["measured"] >= ALIKE_DEAD)
+    if finding.code == "silent-branch":  # what comes after a branch that drowns the stream is small beside it
+        return bool(finding.evidence["depth"] > root.evidence["depth"])
     if finding.code == "signal-explosion":
         return finding.where[0] == root.where[0]
     if root.code == "signal-explosion":

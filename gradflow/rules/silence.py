@@ -129,6 +129,7 @@ def _finding(
             "threshold_from": SILENT.origin,
             "silent_branches": len(stuck),
             "branches": len(grid.keys),
+            "depth": min((branch.depth for branch in view.run.branches if branch.name in names), default=0),
             "silent_from_the_start": len(started),
             "gradient_through_the_branch": "none" if all(_without_gradient(view, i) for i in stuck) else "some",
         },
