@@ -66,18 +66,19 @@ def _with(finding: Finding, consequences: list[str] | None) -> Finding:
 
 def _follows(finding: Finding, root: Finding) -> bool:
     """Whether a finding may be a consequence: not one that has a cause of its own written in its evidence."""
-    if finding.code == "dead-units":
-        # Units without any signal fall silent by their biases: the older finding is the cause.
-        starved = root.code in {"signal-collapse", "vanishing-gradient"} and root.steps[0] <= finding.steps[0]
-        return bool(finding.evidence["measured"] < ALIKE_DEAD) or starved
-    if finding.code == "vanishing-gradient":
-        return bool(root.evidence["measured"] >= ALIKE_DEAD)
-    if finding.code == "silent-branch":  # what comes after a branch that drowns the stream is small beside it
-        return bool(finding.evidence["depth"] > root.evidence["depth"])
-    if finding.code == "signal-explosion":
-        return finding.where[0] == root.where[0]
-    if root.code == "signal-explosion":
-        return root.steps[0] <= finding.steps[0]
-    if finding.code == "frozen-parameter":
-        return finding.severity == "info" or bool(finding.evidence["cause"] == "update")
-    return True
+    mine, theirs = finding.evidence, root.evidence
+    older = root.steps[0] <= finding.steps[0]
+    match finding.code:
+        case "dead-units":  # units without any signal fall silent by their biases: the older finding is the cause
+            starved = root.code in {"signal-collapse", "vanishing-gradient"} and older
+            return bool(mine["measured"] < ALIKE_DEAD) or starved
+        case "vanishing-gradient":
+            return root.code != "dead-units" or bool(theirs["measured"] >= ALIKE_DEAD)
+        case "silent-branch":  # what comes after a branch that drowns the stream is small beside it
+            return bool(mine["depth"] > theirs["depth"])
+        case "signal-explosion":
+            return finding.where[0] == root.where[0]
+        case "frozen-parameter":
+            return finding.severity == "info" or bool(mine["cause"] == "update")
+        case _:
+            return root.code != "signal-explosion" or older
