@@ -36,11 +36,10 @@ def plot_units(run: Tables, ax: Axes) -> Axes:
         return style.nothing(ax, "No activation function was recorded")
     labels = grids["dead_fraction"].labels
     worst = np.fmax.reduce(list(last.values()))
-    order = [int(i) for i in np.argsort(-np.nan_to_num(worst, nan=-1.0), kind="stable") if np.isfinite(worst[i])][
-        :WORST
-    ]
-    if not np.nanmax(worst) > 0:
+    order = [int(i) for i in np.argsort(-np.nan_to_num(worst, nan=-1.0), kind="stable") if worst[i] > 0][:WORST]
+    if not order:
         return style.nothing(ax, "No dead unit and no saturated element at the last sampled step")
+    last = {column: values for column, values in last.items() if np.nanmax(values, initial=0.0) > 0}
     common, _, names = rows_of_names([labels[i] for i in order], limit=WORST)
     style.dress(ax, x="part of the layer (%)", y=label(f"{common}. …" if common else "", 34))
     places, height = np.arange(len(order), dtype=np.float64), 0.8 / len(last)
@@ -49,7 +48,7 @@ def plot_units(run: Tables, ax: Axes) -> Axes:
         offset = (row - (len(last) - 1) / 2) * height
         ax.barh(places + offset, 100 * np.nan_to_num(values[order]), height=height, color=color, label=kinds[column])
     ax.set_yticks(places, [label(name, 28) for name in names], fontsize=8)
-    ax.invert_yaxis()
+    ax.set_ylim(max(len(order), 6) - 0.4, -0.6)  # a single layer is a bar, not a wall
     ax.grid(visible=False, axis="y")
     ax.grid(visible=True, axis="x", color=style.RULE, linewidth=0.7)
     ax.set_xlim(0, max(5.0, 108 * float(np.nanmax(worst))))

@@ -99,6 +99,7 @@ def render(run: Run, *, findings: Sequence[Finding] | None = None, progress: Pro
         strip=strip,
         strip_text=_strip_text(strip),
         **tables,
+        points_are=_points_are(run),
         troubles=summary.troubles(run),  # after everything has been read: a broken part shows when it is
         sections=sections,
         recording=summary.recording(run, view),
@@ -185,6 +186,15 @@ def _diagnose(run: Run) -> list[Finding]:
     from gradflow.rules import diagnose  # rules are not needed where findings are given
 
     return diagnose(run)
+
+
+def _points_are(run: Run) -> str:
+    """What the points of the run's streams and trunks are called."""
+    kinds = {stream.kind for stream in run.streams}
+    several = "s" if len(run.streams) > 1 else ""
+    if kinds == {"trunk"}:
+        return f"members of the trunk{several}"
+    return f"points of the stream{several}{' and trunks' if len(kinds) > 1 else ''}"
 
 
 def _checks() -> dict[str, str]:

@@ -146,7 +146,7 @@ def test_an_empty_run_says_so():
 def test_a_model_without_branches_says_so_and_still_has_its_trunk_layers_and_parameters():
     page = Page(render(runs.trunk(blocks=4, last=200), findings=[]))
     assert "There are no residual branches in this model: its trunk stands in for the stream" in page.text
-    assert "9 points of the stream" in page.text
+    assert "9 members of the trunk Members of the trunk, in order of execution" in page.text
     assert "16 layers" in page.text
     assert "16 parameters" in page.text
     assert {"fig-signal-depth", "fig-gradient-depth", "fig-gradient-map", "fig-units", "fig-update-ratio"} <= set(page.ids)
