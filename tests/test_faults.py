@@ -413,7 +413,7 @@ def test_memory_stays_flat_over_ten_thousand_steps(tmp_path):
                 optimizer.step()
             if step % 1000 == 999:
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert peaks[-1] - peaks[2] < 30_000, peaks  # kilobytes
+    assert peaks[-1] - peaks[2] < 60_000, peaks  # kilobytes; merging 256 parts takes 30 MB once
     assert len(recorder.run.steps) == 10_000
     for table in ("branches", "layers", "parameters", "streams", "steps"):
         assert len(list((tmp_path / "run" / table).iterdir())) <= 64
