@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 import gradflow
-from gradflow import console, factories
+from gradflow import commands, console, factories
+from gradflow.commands import Severity
 from gradflow.errors import GradflowError, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from gradflow.records import Finding
-    from gradflow.store import Run
 
 app = typer.Typer(
     name="gradflow",
@@ -29,14 +23,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
-
-
-class Severity(StrEnum):
-    """Severities, gravest first."""
-
-    error = "error"
-    warning = "warning"
-    info = "info"
 
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory (path or URL), such as logs/gradflow.")]
@@ -98,7 +84,7 @@ def branches(factory: Factory, *, inputs: Inputs = None, as_json: Json = False) 
     from gradflow import discovery, outline
 
     subject = factories.build(factory, inputs)
-    _, structure = _run_model(factory, discovery.discover, subject)
+    _, structure = commands.run_model(factory, discovery.discover, subject)
     if as_json:
         console.print_json(
             {"branches": structure.branches, "streams": structure.streams, "problems": structure.problems}
@@ -135,18 +121,18 @@ def probe(
     if depths is not None or widths is not None:
         from gradflow import series_command
 
-        picture = _free(out or Path("gradflow-scaling.svg"), force=force)
+        picture = commands.free(out or Path("gradflow-scaling.svg"), force=force)
         series_command.run(
-            lambda size: _run_model(factory, gradflow.probe, factories.build(factory, inputs, size=size)),
+            lambda size: commands.run_model(factory, gradflow.probe, factories.build(factory, inputs, size=size)),
             depths=depths, widths=widths, out=picture, as_json=as_json,
         )  # fmt: skip
         return
-    target = None if out is None else _free(out, force=force)
+    target = None if out is None else commands.free(out, force=force)
     subject = factories.build(factory, inputs)
-    run = _run_model(factory, gradflow.probe, subject)
+    run = commands.run_model(factory, gradflow.probe, subject)
     if target is not None:
         gradflow.report(run, target)
-    _judge(run, fail_on=fail_on, ignore=ignore or [], as_json=as_json)
+    commands.judge(run, fail_on=fail_on, ignore=ignore or [], as_json=as_json)
 
 
 @app.command()
@@ -167,13 +153,16 @@ def report(
     ] = "html",
     force: Force = False,
 ) -> None:
-    """Write the report of a run: one HTML file, no network; or its pictures, for a paper."""
+    """Write the report of a run: one HTML file, no network.
+
+    Or its pictures as files, for a paper: --format pdf, png or svg.
+    """
     if out is None and "://" in run:
         raise UsageError(f"expected --out FILE for a run behind a URL, got none for {run}; name a local file")
-    target = _free(out or Path(run) / ("report.html" if form == "html" else "figures"), force=force)
+    target = commands.free(out or Path(run) / ("report.html" if form == "html" else "figures"), force=force)
     with console.progress("report") as progress:
         progress(0.0, "reading")
-        loaded = _load(run)
+        loaded = commands.load(run)
         if form == "html":
             gradflow.report(loaded, target, progress=progress)
         else:
@@ -197,8 +186,8 @@ def compare(
     """Write one page that sets runs side by side."""
     if len(runs) < 2:
         raise UsageError(f"expected two runs or more to compare, got {len(runs)}; for one run there is gradflow report")
-    target = _free(out, force=force)
-    gradflow.compare([_load(run) for run in runs], target)
+    target = commands.free(out, force=force)
+    gradflow.compare([commands.load(run) for run in runs], target)
     console.say(f"wrote {target}")
 
 
@@ -208,10 +197,10 @@ def check(run: RunPath, *, fail_on: FailOn = Severity.warning, ignore: Ignore = 
 
     A test for continuous integration: --fail-on says how grave, --ignore which to leave out.
     """
-    loaded = _load(run)
+    loaded = commands.load(run)
     if not loaded.steps:
         raise UsageError(f"expected a run with recorded steps, got none in {run}; nothing can be said of it")
-    _judge(loaded, fail_on=fail_on, ignore=ignore or [], as_json=as_json)
+    commands.judge(loaded, fail_on=fail_on, ignore=ignore or [], as_json=as_json)
 
 
 @app.command()
@@ -264,63 +253,3 @@ def main() -> None:
     except BrokenPipeError:  # `gradflow schema | head`: nobody reads on, and Python would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-
-
-def _load(path: str) -> Run:
-    """Load a run and say on stderr what was left out of it."""
-    run = gradflow.load(path)
-    for problem in run.problems:
-        console.say(f"note: {problem}", error=True)
-    if run.meta["stopped"] is not None:
-        console.say(f"note: recording stopped early: {run.meta['stopped']}", error=True)
-    return run
-
-
-def _free(path: Path, *, force: bool) -> Path:
-    """Return the path if it may be written; nothing is replaced unless the user said so."""
-    if os.path.lexists(path) and not force:
-        raise UsageError(f"expected a new file, got {path}, which is there already; pass --force or another --out")
-    return path
-
-
-def _run_model(factory: str, action: Any, subject: factories.Subject) -> Any:
-    """Run the user's model; what it raises becomes one line that says where."""
-    try:
-        return action(subject.model, *subject.args, **subject.kwargs)
-    except GradflowError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"expected the model of {factory} to run on its inputs, got {factories.reason(error)}; "
-            "check the inputs that the factory or --input gives"
-        ) from error
-
-
-def _judge(run: Run, *, fail_on: Severity, ignore: Sequence[str], as_json: bool) -> None:
-    """Print the findings and exit with status 1 where one is grave enough."""
-    from gradflow.rules import RULES
-    from gradflow.settings import settings
-
-    unknown = [code for code in ignore if code not in RULES]
-    if unknown:
-        raise UsageError(
-            f"expected codes of findings after --ignore, got {', '.join(unknown)}; known: {', '.join(RULES)}"
-        )
-    chosen = settings()
-    left_out = {*ignore, *chosen.ignore}
-    findings: list[Finding] = [
-        finding for finding in gradflow.diagnose(run, thresholds=chosen.thresholds) if finding.code not in left_out
-    ]
-    order = list(Severity)
-    failed = any(order.index(Severity(finding.severity)) <= order.index(fail_on) for finding in findings)
-    if as_json:
-        console.print_json(
-            {"run": run.path, "steps": run.steps, "failed": failed, "findings": findings, "problems": run.problems}
-        )
-    else:
-        if chosen.path is not None:
-            console.say(f"note: settings of {chosen.path} apply", error=True)
-        console.print_findings(findings)
-        console.say(console.verdict(run, findings))
-    if failed:
-        raise typer.Exit(1)

@@ -54,7 +54,7 @@ LEVELS = [
     [
         "callbacks.common callbacks.huggingface callbacks.lightning callbacks",
         "demo",
-        "series_command cli __main__",
+        "commands series_command cli __main__",
     ],
 ]
 

@@ -86,7 +86,7 @@ def test_thresholds_are_put_back_after_an_error():
 
 def test_check_applies_the_settings_of_the_project_and_says_so(project, monkeypatch, capsys):
     import gradflow
-    from gradflow import cli
+    from gradflow import commands
     from gradflow.records import Finding
 
     seen = {}
@@ -97,7 +97,7 @@ def test_check_applies_the_settings_of_the_project_and_says_so(project, monkeypa
 
     monkeypatch.setattr(gradflow, "diagnose", diagnose)
     monkeypatch.chdir(project('[tool.gradflow]\nignore = ["dead-units"]\nthresholds = { "silent-branch.ratio" = 0.01 }\n'))
-    cli._judge(runs.exploding(), fail_on=cli.Severity.warning, ignore=[], as_json=False)
+    commands.judge(runs.exploding(), fail_on=commands.Severity.warning, ignore=[], as_json=False)
     out, err = capsys.readouterr()
     assert seen == {"silent-branch.ratio": 0.01}
     assert out.startswith("no findings")
