@@ -158,7 +158,7 @@ DERIVED: dict[str, tuple[Derived, ...]] = {
 
 def names(name: str) -> list[str]:
     """Return the columns of table `name`, raw ones first."""
-    return [column.name for column in (*TABLES[name], *DERIVED[name])]
+    return [column.name for column in TABLES[name]] + [column.name for column in DERIVED[name]]
 
 
 def inputs(name: str, wanted: Iterable[str]) -> list[str]:
