@@ -53,7 +53,7 @@ def sources(folder):
     return {
         path.relative_to(ROOT / folder).as_posix()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".html"} or path.name == "py.typed"
+        if path.suffix in {".py", ".html", ".json"} or path.name == "py.typed"
     }
 
 

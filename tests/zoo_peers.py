@@ -92,7 +92,8 @@ def torchmortem(run):
     (update,) = _columns(view, "parameters", "update_ratio")
     (rank,) = _columns(view, "streams", "effective_rank")
     found = set()
-    if _any(np.nanmedian(half(last / np.where(first > 0, first, np.nan))) >= 100 if len(first) else False):
+    fall = half(last / np.where(first > 0, first, np.nan))
+    if np.isfinite(fall).any() and _any(np.nanmedian(fall) >= 100):
         found |= {"vanishing-gradient", "signal-collapse"}
     if _any(norms > 1000):
         found |= {"exploding-gradient", "signal-explosion"}
