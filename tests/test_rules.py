@@ -394,6 +394,55 @@ def test_consequences_move_into_their_root():
     assert grouping.grouped([dead]) == [dead]
 
 
+def finding_of(code, first, **evidence):
+    return Finding(code, "warning", ("x",), (first, 100), f"{code} from {first}.", {"depth": 0, **evidence}, "", "")
+
+
+def walk(place, causes):
+    """Every finding that a chain of causes passes."""
+    passed = [place]
+    while (place := causes.get(place)) is not None and place not in passed:
+        passed.append(place)
+    return passed
+
+
+@given(data=st.data(), count=st.integers(1, 12))
+def test_every_finding_has_one_root_whatever_causes_whatever(data, count):
+    places = st.integers(0, count - 1)
+    findings = [finding_of(f"code-{i}", data.draw(st.integers(0, 3))) for i in range(count)]
+    causes = data.draw(st.dictionaries(places, places))
+    roots = grouping.rooted(findings, causes)
+    assert len(roots) == count
+    for place, root in enumerate(roots):
+        assert roots[root] == root
+        assert place == root or place in causes
+        assert root in walk(place, causes)
+
+
+CODES = sorted({*grouping.ROOTS, *(code for roots in grouping.ROOTS.values() for code in roots)})
+
+
+@given(st.lists(st.sampled_from(CODES), unique=True, min_size=1), st.data())
+def test_grouping_ends_and_loses_no_finding(codes, data):
+    findings = [
+        finding_of(
+            code, data.draw(st.integers(0, 2)), measured=data.draw(st.sampled_from([0.1, 0.9])),
+            depth=data.draw(st.integers(0, 2)), cause=data.draw(st.sampled_from(["update", "optimizer"])),
+        )
+        for code in codes
+    ]  # fmt: skip
+    kept = grouping.grouped(findings)
+    told = [claim.partition(":")[0] for finding in kept for claim in finding.evidence.get("consequences", ())]
+    assert sorted([*(finding.code for finding in kept), *told]) == sorted(codes)
+
+
+@pytest.mark.parametrize(("dead", "vanishing", "root"), [(0, 10, "dead-units"), (10, 0, "vanishing-gradient"), (0, 0, "dead-units")])
+def test_of_dead_units_and_a_vanishing_gradient_the_older_is_the_root(dead, vanishing, root):
+    findings = [finding_of("vanishing-gradient", vanishing, measured=0.0), finding_of("dead-units", dead, measured=0.9)]
+    (kept,) = grouping.grouped(findings)
+    assert kept.code == root
+
+
 def test_a_thousand_branches_over_five_hundred_steps_are_judged_in_seconds():
     run = runs.prenorm(blocks=500, steps=np.arange(500) * 50)
     for name in ("branches", "streams", "layers", "parameters"):

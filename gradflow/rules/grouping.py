@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from gradflow.records import Finding
 
@@ -38,24 +38,45 @@ ALIKE_DEAD = 0.8
 
 def grouped(findings: Sequence[Finding]) -> list[Finding]:
     """Move every finding that follows from a more basic one into that one's evidence, under `"consequences"`."""
-    serious = {finding.code: finding for finding in findings if finding.severity != "info"}
-    roots: dict[str, str] = {}
-    kept, moved = [], []
-    for finding in findings:
-        root = next((code for code in ROOTS.get(finding.code, ()) if code in serious), None)
-        if root is None or not _follows(finding, serious[root]):
-            kept.append(finding)
-        else:
-            roots[finding.code] = root
-            moved.append(finding)
-    standing = {finding.code for finding in kept}
-    told: dict[str, list[str]] = {}
-    for finding in moved:
-        root = roots[finding.code]
-        while root not in standing:  # its root follows from another in turn
-            root = roots[root]
-        told.setdefault(root, []).append(f"{finding.code}: {finding.claim}")
-    return [_with(finding, told.pop(finding.code, None)) for finding in kept]
+    roots = rooted(findings, _causes(findings))
+    told: dict[int, list[str]] = {}
+    for place, root in enumerate(roots):
+        if root != place:
+            told.setdefault(root, []).append(f"{findings[place].code}: {findings[place].claim}")
+    return [_with(findings[place], told.get(place)) for place, root in enumerate(roots) if root == place]
+
+
+def rooted(findings: Sequence[Finding], causes: Mapping[int, int]) -> list[int]:
+    """Return the place of each finding's root: where the chain of causes ends that begins at it.
+
+    Two findings may each be a possible cause of the other. A circle has no end: its root is the finding in it that
+    began first, of several the first in order.
+
+    Args:
+        findings: The findings.
+        causes: Place of a finding to that of its cause; a root of its own is not in it.
+    """
+    return [_root(place, findings, causes) for place in range(len(findings))]
+
+
+def _root(place: int, findings: Sequence[Finding], causes: Mapping[int, int]) -> int:
+    chain = [place]
+    while (cause := causes.get(chain[-1])) is not None:
+        if cause in chain:
+            return min(chain[chain.index(cause) :], key=lambda at: (findings[at].steps[0], at))
+        chain.append(cause)
+    return chain[-1]
+
+
+def _causes(findings: Sequence[Finding]) -> dict[int, int]:
+    """Return the place of the likeliest cause of each finding that has one."""
+    serious = {finding.code: place for place, finding in enumerate(findings) if finding.severity != "info"}
+    causes = {}
+    for place, finding in enumerate(findings):
+        cause = next((serious[code] for code in ROOTS.get(finding.code, ()) if code in serious), None)
+        if cause is not None and _follows(finding, findings[cause]):
+            causes[place] = cause
+    return causes
 
 
 def _with(finding: Finding, consequences: list[str] | None) -> Finding:
@@ -70,8 +91,8 @@ def _follows(finding: Finding, root: Finding) -> bool:
     older = root.steps[0] <= finding.steps[0]
     match finding.code:
         case "dead-units":  # units without any signal fall silent by their biases: the older finding is the cause
-            starved = root.code in {"signal-collapse", "vanishing-gradient"} and older
-            return bool(mine["measured"] < ALIKE_DEAD) or starved
+            starved = {"signal-collapse": older, "vanishing-gradient": root.steps[0] < finding.steps[0]}
+            return bool(mine["measured"] < ALIKE_DEAD) or starved.get(root.code, False)
         case "vanishing-gradient":
             return root.code != "dead-units" or bool(theirs["measured"] >= ALIKE_DEAD)
         case "silent-branch":  # what comes after a branch that drowns the stream is small beside it
@@ -82,3 +103,4 @@ def _follows(finding: Finding, root: Finding) -> bool:
             return finding.severity == "info" or bool(mine["cause"] == "update")
         case _:
             return root.code != "signal-explosion" or older
+
