@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= gradflow-demo
 PIP = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-.PHONY: demo test test-slow zoo lint bench wheel clean
+.PHONY: demo test test-slow zoo docs lint bench wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/gradflow demo --out $(OUT)
@@ -17,6 +17,9 @@ test-slow: $(VENV)/.ready
 
 zoo: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python -W ignore tests/score_zoo.py --write
+
+docs: $(VENV)/.ready
+	PYTHONPATH=. $(BIN)/python -W ignore tests/zoo_pages.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -220,7 +220,7 @@ def rules(
     *,
     as_json: Json = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the page on findings of the documentation.")
+        bool, typer.Option("--markdown", help="Print them as the handbook of findings, in Markdown.")
     ] = False,
 ) -> None:
     """Print the rules behind the findings, and their record.

@@ -13,6 +13,7 @@ from zoo_training import train
 
 from gradflow.records import Finding
 from gradflow.rules import diagnose
+from gradflow.store import Run
 
 SICK: dict[str, Case] = {**DEPTH, **BRANCHES, **NUMBERS, **ACTIVATIONS, **OPTIMIZER}
 
@@ -33,6 +34,7 @@ class Judged:
         cured: Whether, with it, the finding is gone and the held-out loss is lower; None where there is none.
         losses: Held-out loss at the end, sick and cured.
         peers: Codes that each fixed-threshold tool would report.
+        run: What was recorded, and `twin` the same of the cured twin or of the healthy run that stands in for one.
         findings: Everything that was found.
         cure_findings: Alarms of the cured twin.
     """
@@ -49,6 +51,8 @@ class Judged:
     cured: bool | None = None
     losses: tuple[float, ...] = ()
     peers: dict[str, set[str]] = field(default_factory=dict)
+    run: Run | None = field(default=None, repr=False)
+    twin: Run | None = field(default=None, repr=False)
     findings: list[Finding] = field(default_factory=list)
     cure_findings: list[Finding] = field(default_factory=list)
 
@@ -79,10 +83,12 @@ def judge_sick(name):
         dated=any(case.since - slack <= hit.steps[0] <= case.since + slack for hit in hits),
         proved=result["holds"], figure=result["proof"],
         false=[f.code for f in alarms(findings) if f.code != case.code and f.code not in case.also],
-        findings=findings, losses=(result["after"],), peers={peer: rules(run) for peer, rules in PEERS.items()},
+        run=run, findings=findings, losses=(result["after"],), peers={peer: rules(run) for peer, rules in PEERS.items()},
     )  # fmt: skip
     if case.cure is not None:
         _cure(judged, case, hits)
+    elif case.twin:
+        judged.twin, _ = train(f"healthy/{case.twin}", HEALTHY[case.twin])
     return judged
 
 
@@ -95,7 +101,7 @@ def _cure(judged, case, hits):
     change = case.cure(remedy) if callable(case.cure) else case.cure
     said = "".join(f"-{value}" for value in change.values() if isinstance(value, float))
     run, result = train(f"cured/{judged.name}{said}", case.setup.but(**change))
-    judged.cure_findings = alarms(diagnose(run))
+    judged.twin, judged.cure_findings = run, alarms(diagnose(run))
     judged.losses = (*judged.losses, result["after"])
     gone = case.code not in {finding.code for finding in judged.cure_findings}
     judged.cured = judged.remedied and gone and judged.losses[1] < judged.losses[0]

@@ -51,6 +51,8 @@ class Case:
     cure: dict | Callable | None = None
     also: tuple[str, ...] = ()
     since: int = 0
+    twin: str = ""
+    """A healthy run to set beside one that nothing can cure."""
 
 
 def rate_said(remedy):
@@ -198,6 +200,10 @@ DEPTH = {
 }  # fmt: skip
 
 BRANCHES = {
+    "residual-faint": Case(
+        "silent-branch", r"cells\.4", _res.but(model=lambda: ResidualNet(7, special={4: {"factor": 1e-6}})),
+        proof.branch("cells.4", below=1e-3), "last layer|factor|gain", {"model": lambda: ResidualNet(7)},
+    ),
     "convnext-double-zero": Case(
         "silent-branch", r"blocks", Setup(_conv_net(scale=0.0, zero=True), pictures),
         proof.branch("blocks.2", below=1e-6), "one factor", {"model": _conv_net(scale=0.0)},
@@ -205,10 +211,6 @@ BRANCHES = {
     "llama-faint-mlp": Case(
         "silent-branch", r"layers\.2\.mlp", Setup(lambda: after(library("llama"), "model.layers.2.mlp", lambda y: 1e-5 * y), text),
         proof.branch("model.layers.2", part="model.layers.2.mlp", below=1e-3), "last layer|factor|gain", {"model": lambda: library("llama")},
-    ),
-    "residual-faint": Case(
-        "silent-branch", r"cells\.4", _res.but(model=lambda: ResidualNet(7, special={4: {"factor": 1e-6}})),
-        proof.branch("cells.4", below=1e-3), "last layer|factor|gain", {"model": lambda: ResidualNet(7)},
     ),
     "decayed-gates": Case(
         "silent-branch", r"cells", _res.but(
@@ -232,6 +234,10 @@ BRANCHES = {
         "inert-depth", r"blocks", _text.but(model=lambda: _faint(transformer(5)), steps=420, every=60, lr=1e-4),
         proof.kept([f"encoder.blocks.{i}" for i in range(5)], above=0.9995), "scale|larger", {"model": lambda: transformer(5)},
     ),
+    "residual-detached": Case(
+        "blocked-gradient", r"cells\.3", _res.but(model=lambda: ResidualNet(6, special={3: {"cut": True}})),
+        proof.no_gradient("cells.3.fc", "cells.3.fc2"), "detach", {"model": lambda: ResidualNet(6)},
+    ),
     "convnext-detached": Case(
         "blocked-gradient", r"blocks\.[45]", Setup(lambda: after(_conv_net(scale=1.0)(), "blocks.4", detached), pictures, lr=2e-3),
         proof.no_gradient("blocks.4.", "blocks.4"), "detach", {"model": _conv_net(scale=1.0)},
@@ -244,13 +250,9 @@ BRANCHES = {
         "blocked-gradient", r"layers\.[12]", Setup(lambda: RowEncoder(4, norm_first=True, cut=1), rows),
         proof.no_gradient("encoder.layers.1", "encoder.layers.1"), "detach", {"model": lambda: RowEncoder(4, norm_first=True)},
     ),
-    "residual-detached": Case(
-        "blocked-gradient", r"cells\.3", _res.but(model=lambda: ResidualNet(6, special={3: {"cut": True}})),
-        proof.no_gradient("cells.3.fc", "cells.3.fc2"), "detach", {"model": lambda: ResidualNet(6)},
-    ),
     "gpt2-massive": Case(
         "massive-activation", r".", _gpt.but(model=lambda: _loud_wpe(library("gpt2"))),
-        proof.massive("transformer.h.1", above=1000), "[Nn]othing",
+        proof.massive("transformer.h.1", above=1000), "[Nn]othing", twin="gpt2",
     ),
     "residual-massive": Case(
         "massive-activation", r".", _res.but(model=lambda: _embed_spike(ResidualNet(5), 20000.0)),

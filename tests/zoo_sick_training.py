@@ -88,13 +88,13 @@ NUMBERS = {
         "gradient-spike", r".", Setup(lambda: mlp(3, inputs=8, classes=1), waves, loss=square, corrupt=lambda s, b: (b[0], b[1] + 60) if s == 80 else b, every=10, optimizer=SGD, lr=0.02, steps=120),
         proof.spiked(80, above=20), "[Cc]lip", clip_said, since=80,
     ),
-    "log-of-negative": Case(
-        "nonfinite", r"blocks\.0", Setup(_negative_log(0.0), pictures, steps=6),
-        proof.broke(0), "epsilon|clamp", {"model": _negative_log(1e-3)},
-    ),
     "division-by-spread": Case(
         "nonfinite", r"^0|1", Setup(lambda: _standardised(0.0), digits, corrupt=_blank(40)),
         proof.broke(40), "epsilon|clamp", {"model": lambda: _standardised(1e-3)}, since=40,
+    ),
+    "log-of-negative": Case(
+        "nonfinite", r"blocks\.0", Setup(_negative_log(0.0), pictures, steps=6),
+        proof.broke(0), "epsilon|clamp", {"model": _negative_log(1e-3)},
     ),
     "root-backwards": Case(
         "nonfinite", r"cells\.[12]", _res.but(model=lambda: after(ResidualNet(5), "cells.1", _root), steps=8),

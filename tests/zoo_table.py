@@ -8,6 +8,7 @@ import platform
 
 import torch
 from zoo_peers import PEERS
+from zoo_runs import SICK
 
 HOW = """Real small trainings. A sick run counts as found where its code is reported at warning or error (massive activations:
 info), as placed where one of the finding's first three places is the right one, as cured where its twin with the finding's
@@ -84,6 +85,7 @@ def record(sick, healthy):
         if entry["example"] is None and judged.found and judged.placed:
             entry["example"] = {
                 "run": judged.name,
+                "twin": SICK[judged.name].twin,
                 **{key: getattr(hits[0], key) for key in ("claim", "why", "remedy", "remedy_2")},
             }
     for judged in [*sick, *healthy]:

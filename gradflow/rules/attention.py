@@ -150,6 +150,7 @@ ENTROPY_COLLAPSE: Rule = Rule(
     criterion="Entropy under a tenth of ln(keys) at recent sampled steps; logits above 30, or half of the layers.",
     thresholds=(ENTROPY, SHARP),
     source="Zhai et al. 2023, arXiv:2303.06296",
+    picture="attention-entropy",
     check=entropy_collapse,
 )
 LOGIT_GROWTH: Rule = Rule(
@@ -159,5 +160,6 @@ LOGIT_GROWTH: Rule = Rule(
     criterion="Largest logit above 50 and three times its first value, or above 500, at recent sampled steps.",
     thresholds=(GROWN, RUNAWAY),
     source="Dehghani et al. 2023, arXiv:2302.05442",
+    picture="attention-logits",
     check=logit_growth,
 )

@@ -227,6 +227,7 @@ DOMINANT: Rule = Rule(
     ),
     thresholds=(DROWNS, OUTLIES),
     source="De & Smith 2020, arXiv:2002.10444",
+    picture="ratio-depth",
     check=dominant,
 )
 INERT_DEPTH: Rule = Rule(
@@ -239,6 +240,7 @@ INERT_DEPTH: Rule = Rule(
     ),
     thresholds=(INERT, NEARLY_INERT),
     source="Sun et al. 2025, The Curse of Depth, arXiv:2502.05795",
+    picture="ratio-depth",
     check=inert,
 )
 MASSIVE_ACTIVATION: Rule = Rule(
@@ -248,5 +250,6 @@ MASSIVE_ACTIVATION: Rule = Rule(
     criterion="Largest over median element of a stream's point above the threshold at recent sampled steps.",
     thresholds=(MASSIVE,),
     source="Sun et al. 2024, Massive Activations in Large Language Models, arXiv:2402.17762",
+    picture="outliers",
     check=massive,
 )

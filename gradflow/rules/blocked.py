@@ -299,6 +299,7 @@ BLOCKED: Rule = Rule(
     ),
     thresholds=(ZERO,),
     source="PyTorch, Autograd mechanics: locally disabling gradient computation",
+    picture="gain-depth",
     check=blocked,
 )
 FROZEN: Rule = Rule(
@@ -311,5 +312,6 @@ FROZEN: Rule = Rule(
     ),
     thresholds=(SHARE,),
     source="PyTorch, torch.optim: constructing it",
+    picture="update-ratio",
     check=frozen,
 )

@@ -262,6 +262,7 @@ EXPLODING: Rule = Rule(
     ),
     thresholds=(EXPLODED, OUTGROWN),
     source="Pascanu et al. 2013, arXiv:1211.5063; Yang et al. 2019, arXiv:1902.08129",
+    picture="gradient-depth",
     check=exploding,
 )
 SPIKES: Rule = Rule(
@@ -275,5 +276,6 @@ SPIKES: Rule = Rule(
     ),
     thresholds=(SPIKE,),
     source="Takase et al. 2023, Spike No More, arXiv:2312.16903",
+    picture="grad-norm",
     check=spikes,
 )

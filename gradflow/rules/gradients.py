@@ -216,5 +216,6 @@ VANISHING: Rule = Rule(
     ),
     thresholds=(VANISHED, VANISHED_ALIGNED),
     source="Glorot & Bengio 2010; He et al. 2015, arXiv:1502.01852; post-norm attention: gain² = 1/(1+ρ), derived",
+    picture="gradient-depth",
     check=vanishing,
 )

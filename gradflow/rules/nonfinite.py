@@ -143,5 +143,6 @@ RULE: Rule = Rule(
     ),
     thresholds=(Threshold("nonfinite.count", "non-finite elements", 0, "elements", "a finite computation has none"),),
     source="Micikevicius et al. 2018, Mixed Precision Training, arXiv:1710.03740",
+    picture="loss",
     check=check,
 )

@@ -154,6 +154,7 @@ BELOW_EPSILON: Rule = Rule(
     criterion="Gradient RMS under eps for over half of the matrices' weights, unless the loss fell to a hundredth.",
     thresholds=(EPSILON,),
     source="Kingma & Ba 2015, arXiv:1412.6980",
+    picture="update-ratio",
     check=below_epsilon,
 )
 UNDERFLOWS: Rule = Rule(
@@ -166,5 +167,6 @@ UNDERFLOWS: Rule = Rule(
     ),
     thresholds=(UNDERFLOW,),
     source="Micikevicius et al. 2018, Mixed Precision Training, arXiv:1710.03740",
+    picture="update-ratio",
     check=underflow,
 )

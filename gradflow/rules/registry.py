@@ -69,6 +69,7 @@ class Rule:
         criterion: When it fires, in words.
         thresholds: The numbers it compares with.
         source: Where the effect is described.
+        picture: Key of the picture in `gradflow.gallery` that shows it best.
         check: From the view of a run (up to its first non-finite step) to findings.
     """
 
@@ -78,6 +79,7 @@ class Rule:
     criterion: str
     thresholds: tuple[Threshold, ...]
     source: str
+    picture: str
     check: Callable[[View], list[Finding]] = field(repr=False)
 
     def __call__(self, run: Run) -> list[Finding]:

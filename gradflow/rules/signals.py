@@ -269,6 +269,7 @@ EXPLOSION: Rule = Rule(
     ),
     thresholds=(GROWTH, TOTAL_GROWTH, TOTAL_GROWTH_NORMED, OUTGROWN),
     source="De & Smith 2020, arXiv:2002.10444; Zhang et al. 2019, Fixup, arXiv:1901.09321",
+    picture="signal-depth",
     check=explosion,
 )
 COLLAPSE: Rule = Rule(
@@ -282,5 +283,6 @@ COLLAPSE: Rule = Rule(
     ),
     thresholds=(SHRINK, TOTAL_SHRINK),
     source="Glorot & Bengio 2010; He et al. 2015, arXiv:1502.01852",
+    picture="signal-depth",
     check=collapse,
 )

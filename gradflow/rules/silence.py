@@ -159,5 +159,6 @@ RULE: Rule = Rule(
     ),
     thresholds=(SILENT, PATIENCE),
     source="Bachlechner et al. 2020, arXiv:2003.04887; Touvron et al. 2021, arXiv:2103.17239",
+    picture="ratio-depth",
     check=check,
 )

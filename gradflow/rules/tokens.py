@@ -173,5 +173,6 @@ RULE: Rule = Rule(
     ),
     thresholds=(ALIGNED, ALIGNED_PLAIN, SPREAD_KEPT, PLATEAU),
     source="Dong et al. 2021, arXiv:2103.03404; Noci et al. 2022, arXiv:2206.03126",
+    picture="token-cosine",
     check=check,
 )

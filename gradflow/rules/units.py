@@ -190,6 +190,7 @@ DEAD_UNITS: Rule = Rule(
     ),
     thresholds=(DEAD, DEAD_FROM_THE_START, DEAD_ERROR, POSITIONS),
     source="Lu et al. 2019, Dying ReLU and Initialization, arXiv:1903.06733",
+    picture="units",
     check=dead,
 )
 SATURATION: Rule = Rule(
@@ -202,5 +203,6 @@ SATURATION: Rule = Rule(
     ),
     thresholds=(SATURATED, SATURATED_ERROR),
     source="Glorot & Bengio 2010, Understanding the difficulty of training deep feedforward neural networks",
+    picture="units",
     check=saturated,
 )

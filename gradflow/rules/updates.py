@@ -238,6 +238,7 @@ TOO_LARGE: Rule = Rule(
     ),
     thresholds=(LARGE, REPLACED, EARLY, BLOWN_UP),
     source="Kosson et al. 2023, arXiv:2305.17212",
+    picture="update-ratio",
     check=too_large,
 )
 TOO_SMALL: Rule = Rule(
@@ -247,5 +248,6 @@ TOO_SMALL: Rule = Rule(
     criterion="From step 50 on, a median matrix under the threshold and a loss that fell by less than 1 %.",
     thresholds=(SMALL,),
     source="Karpathy, A Recipe for Training Neural Networks, 2019",
+    picture="update-ratio",
     check=too_small,
 )
