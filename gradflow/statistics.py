@@ -6,29 +6,25 @@ throughout for float64 input), so a sum over millions of float32 elements is rig
 precision is widened first, which is exact. A complex number counts as its two parts. Empty tensors give 0. NaN and
 infinity are excluded from nothing: they show in the sums, and `count_nonfinite` counts them.
 
-On a CPU large tensors are read in pieces that stay in its cache, so that several statistics cost one pass over memory.
+What a CPU holds is read by `host_sums`, several statistics in one pass over memory.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow import host_sums
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
 ROW = 4096
 """Elements summed in the input's own precision before the sum continues in float64."""
-_DOT = 4 * ROW
-"""Elements of one dot product on a CPU; it adds them up in many lanes, so as exactly as a row."""
-_PIECE = 32 * ROW
-"""Elements that a CPU reads at once: 512 KiB in float32, which with what is made of them fits a second-level cache."""
-_own = threading.local()
 
 SATURATED_TANH = 0.97
 """|tanh| beyond which a unit counts as saturated: its derivative is below 0.06."""
@@ -46,7 +42,7 @@ def _real(x: Tensor) -> Tensor:
     x = x.detach()
     if x.is_sparse:
         x = x.coalesce().values()
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.resolve_neg()
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -63,20 +59,6 @@ def _flat(x: Tensor) -> Tensor:
     if not x.is_contiguous():
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
     return x.reshape(-1)
-
-
-def _pieces(flat: Tensor, size: int = _PIECE) -> tuple[Tensor, ...]:
-    if flat.device.type != "cpu" or flat.numel() <= size:
-        return (flat,)
-    return tuple(flat[start : start + size] for start in range(0, flat.numel(), size))
-
-
-def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory of this thread's own for one piece on a CPU: what is used again stays in the cache."""
-    kept: dict[torch.dtype, Tensor] = _own.__dict__.setdefault("kept", {})
-    if dtype not in kept:
-        kept[dtype] = torch.empty(_PIECE, dtype=dtype, device="cpu")
-    return kept[dtype][: like.numel()]
 
 
 def _rows(flat: Tensor) -> tuple[Tensor, ...]:
@@ -123,39 +105,9 @@ def _on_device(flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _on_cpu(flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Statistics on a CPU, piece by piece; there is no device to wait for, so sums continue in Python's float64."""
-    sums = dict.fromkeys(names, 0.0)
-    for piece in _pieces(flat) if flat.numel() else ():
-        values = _widened(piece)
-        least = 0.0
-        if "largest" in sums:
-            sizes = torch.abs(values, out=_scratch(values, values.dtype))
-            most, least = _number(sizes.amax()), _number(sizes.amin())
-            sums["largest"] = max(sums["largest"], most) if most == most else math.nan  # noqa: PLR0124
-        if "zeros" in sums and not least > 0:
-            sums["zeros"] += _zeros(piece)
-        if "square" in sums:
-            sums["square"] += _squares(values)
-        if "total" in sums:
-            sums["total"] += _number(values.sum())
-    return dict(zip(names, torch.tensor(list(sums.values()), dtype=torch.float64).unbind(), strict=True))
-
-
-def _zeros(piece: Tensor) -> int:
-    """Zeros of a piece: numpy counts booleans ten times faster, and these are ours, not a parameter's storage."""
-    flags = _scratch(piece, torch.bool).copy_(piece)
-    return piece.numel() - int(np.count_nonzero(flags.numpy()))
-
-
-def _squares(values: Tensor) -> float:
-    if values.numel() <= _DOT:
-        return _number(torch.dot(values, values))
-    roots = [torch.linalg.vector_norm(rows, dim=1).numpy().astype(np.float64) for rows in _rows(values)]
-    return float(sum(root @ root for root in roots))
-
-
-def _number(x: Tensor) -> float:
-    return float(x.numpy())
+    """Statistics on a CPU; there is no device to wait for."""
+    found = host_sums.measure(flat, names)
+    return dict(zip(found, torch.tensor(list(found.values()), dtype=torch.float64).unbind(), strict=True))
 
 
 def total(x: Tensor) -> Tensor:
@@ -174,17 +126,18 @@ def sum_squares(x: Tensor) -> Tensor:
 def sum_squared_differences(x: Tensor, y: Tensor) -> Tensor:
     """Σ (x − y)² of two tensors of one shape: differences are squared, sums are not subtracted."""
     x, y = _real(x).reshape(-1), _real(y).reshape(-1)
-    found = torch.zeros((), dtype=_final(x), device=x.device)
-    for one, other in zip(_pieces(x), _pieces(y), strict=True):
-        one, other = _widened(one), _widened(other)  # noqa: PLW2901
-        out = _scratch(one, one.dtype) if one.device.type == "cpu" and one.dtype == other.dtype else None
-        found = found + sum_squares(torch.sub(one, other, out=out))
-    return found
+    if x.device.type != "cpu" or y.device.type != "cpu":
+        return sum_squares(_widened(x) - _widened(y))
+    if x.dtype != y.dtype:
+        x, y = x.double(), y.double()
+    pairs = zip(host_sums.pieces(x), host_sums.pieces(y), strict=True)
+    less = (host_sums.difference(one, other) for one, other in pairs)
+    return torch.tensor(sum(host_sums.dot(piece, piece) for piece in less), dtype=torch.float64)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Dot product Σ x·y of two tensors of one shape (broadcast first where they differ)."""
-    x, y = wide(x), wide(y)
+    x, y = _real(x), _real(y)
     if x.shape != y.shape:
         shape = broadcast_shape(tuple(x.shape), tuple(y.shape))
         x, y = x.expand(shape), y.expand(shape)
@@ -192,9 +145,10 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
         x, y = x.double(), y.double()
     x, y = (_flat(x), _flat(y)) if x.stride() == y.stride() else (x.reshape(-1), y.reshape(-1))
     if x.device.type == "cpu":
-        pairs = zip(_pieces(x, _DOT), _pieces(y, _DOT), strict=True)
-        return torch.tensor(sum(_number(torch.dot(one, other)) for one, other in pairs), dtype=torch.float64)
-    parts = [torch.linalg.vecdot(one, other) for one, other in zip(_rows(x), _rows(y), strict=True)]
+        pairs = zip(host_sums.pieces(x), host_sums.pieces(y), strict=True)
+        return torch.tensor(sum(host_sums.dot(one, other) for one, other in pairs), dtype=torch.float64)
+    rows = zip(_rows(_widened(x)), _rows(_widened(y)), strict=True)
+    parts = [torch.linalg.vecdot(one, other) for one, other in rows]
     return torch.cat(parts).to(_final(x)).sum() if parts else torch.zeros((), dtype=_final(x), device=x.device)
 
 
@@ -221,12 +175,15 @@ def count_saturated(x: Tensor, kind: str) -> Tensor | None:
 
     `kind` is the lower-case name of the function; None for an activation without such ends.
     """
-    x = wide(x)
     if kind in {"tanh", "hardtanh", "softsign"}:
-        return torch.count_nonzero(x.abs() > SATURATED_TANH).to(_final(x))
-    if kind in {"sigmoid", "hardsigmoid"}:
-        return torch.count_nonzero((x - 0.5).abs() > 0.5 - SATURATED_SIGMOID).to(_final(x))
-    return None
+        centre, distance = 0.0, SATURATED_TANH
+    elif kind in {"sigmoid", "hardsigmoid"}:
+        centre, distance = 0.5, 0.5 - SATURATED_SIGMOID
+    else:
+        return None
+    if x.device.type == "cpu":
+        return torch.tensor(host_sums.beyond(_flat(_real(x)), centre, distance), dtype=torch.float64)
+    return torch.count_nonzero((wide(x) - centre).abs() > distance).to(_final(x))
 
 
 def live_units(x: Tensor, channel_dim: int, zeros: Tensor | None = None) -> Tensor:
@@ -235,13 +192,12 @@ def live_units(x: Tensor, channel_dim: int, zeros: Tensor | None = None) -> Tens
     `zeros`, the number of zeros if it is known, spares a CPU the search where there are none.
     """
     x = x.detach()
-    if x.device.type == "cpu" and zeros is not None and zeros.numpy() == 0:
-        return torch.ones(x.shape[channel_dim], dtype=torch.bool)
+    if x.device.type == "cpu":
+        if zeros is not None and float(zeros) == 0:
+            return torch.ones(x.shape[channel_dim], dtype=torch.bool)
+        return torch.from_numpy(host_sums.live(x, channel_dim))
     flags = x.bool().movedim(channel_dim, -1)
-    flags = flags.reshape(-1, flags.shape[-1])
-    if flags.device.type == "cpu":
-        return torch.from_numpy(np.logical_or.reduce(flags.numpy(), axis=0))
-    return flags.any(0)
+    return flags.reshape(-1, flags.shape[-1]).any(0)
 
 
 def broadcast_shape(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
