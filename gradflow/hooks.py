@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
+    from gradflow.statistics import Number
+
 Edge = tuple[Any, int]
 """An autograd node and the number of its output."""
 _WALK_LIMIT = 2048
@@ -60,7 +62,7 @@ class Hooks:
         self._handles: list[RemovableHandle] = []
         self._on_error = on_error
         self.live = True  # False while gradients run that are not those of the loss (a gradient penalty's inner ones)
-        self._last: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._last: tuple[Tensor, dict[str, Number]] | None = None
 
     def gradient(self, edge: Edge, use: Callable[[Tensor], None]) -> None:
         """Call `use` with the gradient of the tensor at `edge`, summed over all paths, whenever a backward has it."""
@@ -83,7 +85,7 @@ class Hooks:
 
         self._handles.append(node.register_hook(hook))
 
-    def measure(self, gradient: Tensor, *wanted: str) -> dict[str, Tensor]:
+    def measure(self, gradient: Tensor, *wanted: str) -> dict[str, Number]:
         """`statistics.measure`, done once where several hooks in a row ask about the same gradient."""
         if self._last is None or self._last[0] is not gradient:
             self._last = (gradient, {})
@@ -93,7 +95,7 @@ class Hooks:
             known.update(statistics.measure(gradient, missing))
         return known
 
-    def square(self, gradient: Tensor) -> Tensor:
+    def square(self, gradient: Tensor) -> Number:
         """Σ g²."""
         return self.measure(gradient, "square")["square"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-Values = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+Values: TypeAlias = "npt.NDArray[Any]"
+"""Elements of a tensor, in float32 or float64."""
 
 ROW = 2**11
 """Elements of one dot product: equal float32 numbers come out right to 1e-6, random ones to 1e-7."""
@@ -85,10 +86,9 @@ def _dot(x: Values, y: Values) -> float:
 
 
 def difference(x: Values, y: Values) -> Values:
-    """x − y of two pieces, valid until another difference is asked for."""
-    if x.dtype == y.dtype == np.float32:
-        return np.subtract(x, y, out=_scratch(torch.float32).numpy()[: x.size])
-    return x.astype(np.float64) - y
+    """Differences x − y of two pieces of one dtype, valid until others are asked for."""
+    room: Values = _scratch(torch.from_numpy(x[:0]).dtype).numpy()
+    return np.subtract(x, y, out=room[: x.size])
 
 
 def beyond(flat: Tensor, centre: float, distance: float) -> int:
@@ -103,8 +103,9 @@ def live(x: Tensor, channel_dim: int) -> npt.NDArray[np.bool_]:
         x, axis = x[None], 1
     others = tuple(i for i in range(x.dim()) if i != axis)
     found = np.zeros(x.shape[axis], np.bool_)
-    for part in x.split(max(WIDENED // max(x[:1].numel(), 1), 1)):
-        found |= np.logical_or.reduce(part.to(torch.bool).numpy(), axis=others)
+    step = max(WIDENED // max(x[:1].numel(), 1), 1)
+    for start in range(0, len(x), step):
+        found |= np.logical_or.reduce(x[start : start + step].bool().numpy(), axis=others)
         if found.all():
             break
     return found

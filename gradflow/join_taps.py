@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gradflow.buffer import Buffer
     from gradflow.records import Addend, Join, Node
+    from gradflow.statistics import Number
 
 Place = tuple[int, int]
 """The addition an operand enters and its position there: what names an operand in a pass."""
@@ -32,7 +33,7 @@ class Term:
 
     place: Place
     scale: float
-    square: Tensor
+    square: Number
     sample: Tensor | None
     value: Tensor | None = None
     version: int = 0
@@ -64,8 +65,8 @@ class Sum:
     call: int = -1
     terms: dict[Place, Term] = field(default_factory=dict)
     leaves: list[Term] = field(default_factory=list)
-    dots: dict[frozenset[Place], Tensor] = field(default_factory=dict)
-    out: dict[str, Tensor | float] = field(default_factory=dict)
+    dots: dict[frozenset[Place], Number] = field(default_factory=dict)
+    out: dict[str, Number] = field(default_factory=dict)
     sample: Tensor | None = None
 
 
@@ -75,7 +76,7 @@ class JoinTaps:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.sums: dict[int, Sum] = {}
-        self.squares: dict[int, Tensor] = {}  # Σ x² of nodes that were measured already, by whoever did
+        self.squares: dict[int, Number] = {}  # Σ x² of nodes that were measured already, by whoever did
 
     # ------------------------------------------------------------------ while the pass runs
 
@@ -102,12 +103,11 @@ class JoinTaps:
         return entry
 
     def _term(self, entry: Sum, position: int, value: Tensor, scale: float, kept: Tensor | None, node: int) -> Term:
-        square, sample = self.squares.get(node), None
+        sample = None
         earlier = self.sums.get(node)
         if earlier is not None and earlier.shape == entry.shape and earlier.channel_dim == entry.channel_dim:
             sample = earlier.sample  # the stream is measured where it is made
-        if square is None:
-            square = statistics.sum_squares(value)
+        square = self.squares[node] if node in self.squares else statistics.sum_squares(value)
         square = square * statistics.broadcast_factor(tuple(value.shape), entry.shape)
         if sample is None:
             whole = value if tuple(value.shape) == entry.shape else value.expand(entry.shape)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from gradflow.buffer import Buffer
     from gradflow.hooks import Hooks
+    from gradflow.statistics import Number
 
 ACTIVATIONS = frozenset({
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh", "sigmoid",
@@ -85,7 +86,7 @@ class LayerTaps:
         layer = Layer(f"{scope}.{op}" if scope else op, scope, op, 0, 0)
         self._measure(layer, out, channel_dim, activation=True, grad=grad)
 
-    def exited(self, call: int, out: Tensor | None, channel_dim: int) -> Tensor | None:
+    def exited(self, call: int, out: Tensor | None, channel_dim: int) -> Number | None:
         """Measure the output of a module's forward that has ended, if it is a leaf; Σ y² if it was measured."""
         running = self._running.pop(call, None)
         if running is None:
@@ -115,13 +116,13 @@ class LayerTaps:
 
     def _measure(
         self, layer: Layer, result: Tensor, channel_dim: int, *, activation: bool, grad: bool
-    ) -> Tensor | None:
+    ) -> Number | None:
         out = measurable(result)
         if out is None:
             return None
         name = self._named(layer, grad=grad)
         found = statistics.measure(out, ("total", "square", "largest", "zeros", "nonfinite"))
-        values: dict[str, Tensor | float | None] = {
+        values: dict[str, Number | None] = {
             "n": float(out.numel()), "out_sum": found["total"], "out_sq": found["square"], "out_max": found["largest"],
             "zeros": found["zeros"], "nonfinite": found["nonfinite"],
         }  # fmt: skip

@@ -1,10 +1,11 @@
 """Sufficient statistics of tensors: sums, dot products, maxima and counts that add up over batches, ranks and time.
 
-Every function is pure, takes detached tensors of any shape and returns 0-d tensors on the input's device without a
-host synchronisation. Reductions run in float32 inside rows of `ROW` elements and in float64 across rows (float64
-throughout for float64 input), so a sum over millions of float32 elements is right to about 1e-7 relative; half
-precision is widened first, which is exact. A complex number counts as its two parts. Empty tensors give 0. NaN and
-infinity are excluded from nothing: they show in the sums, and `count_nonfinite` counts them.
+Every function is pure, takes detached tensors of any shape and returns numbers: 0-d tensors on the input's device
+without a host synchronisation, or plain floats where the input is in a CPU's memory. Reductions run in float32 inside
+rows of a few thousand elements and in float64 across rows (float64 throughout for float64 input), so a sum over
+millions of float32 elements is right to about 1e-7 relative; half precision is widened first, which is exact. A complex
+number counts as its two parts. Empty tensors give 0. NaN and infinity are excluded from nothing: they show in the sums,
+and `count_nonfinite` counts them.
 
 What a CPU holds is read by `host_sums`, several statistics in one pass over memory.
 """
@@ -12,9 +13,8 @@ What a CPU holds is read by `host_sums`, several statistics in one pass over mem
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +23,8 @@ from gradflow import host_sums
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+Number: TypeAlias = "Tensor | float"
+"""A figure: on its way on a device, or, of a tensor in a CPU's memory, at hand."""
 ROW = 4096
 """Elements summed in the input's own precision before the sum continues in float64."""
 
@@ -68,7 +70,7 @@ def _rows(flat: Tensor) -> tuple[Tensor, ...]:
     return (*rows, flat[cut:].view(1, -1)) if cut < flat.numel() else tuple(rows)
 
 
-def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     """Several statistics of one tensor in one pass over it.
 
     `wanted` holds names among `total` (Σ x), `square` (Σ x²), `largest` (max |x|; NaN if there is one), `zeros`
@@ -76,7 +78,8 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
     """
     flat = _flat(_real(x))
     names = [*wanted, "largest"] if "nonfinite" in wanted and "largest" not in wanted else list(wanted)
-    found = _on_cpu(flat, names) if flat.device.type == "cpu" else _on_device(flat, names)
+    found: dict[str, Number] = {}
+    found.update(host_sums.measure(flat, names) if flat.device.type == "cpu" else _on_device(flat, names))
     if "nonfinite" in found:
         found["nonfinite"] = count_nonfinite(x, found["largest"])
     if "zeros" in found and x.is_sparse:
@@ -104,18 +107,12 @@ def _on_device(flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
-def _on_cpu(flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Statistics on a CPU; there is no device to wait for."""
-    found = host_sums.measure(flat, names)
-    return dict(zip(found, torch.tensor(list(found.values()), dtype=torch.float64).unbind(), strict=True))
-
-
-def total(x: Tensor) -> Tensor:
+def total(x: Tensor) -> Number:
     """Sum of the elements, Σ x; unit of x."""
     return measure(x, ("total",))["total"]
 
 
-def sum_squares(x: Tensor) -> Tensor:
+def sum_squares(x: Tensor) -> Number:
     """Sum of the squared elements, Σ x². A float32 x above 1e17 or below 1e-22 has squares outside of float32.
 
     A row's root is taken before it is squared in float64, so the sum itself neither overflows nor underflows.
@@ -123,7 +120,7 @@ def sum_squares(x: Tensor) -> Tensor:
     return measure(x, ("square",))["square"]
 
 
-def sum_squared_differences(x: Tensor, y: Tensor) -> Tensor:
+def sum_squared_differences(x: Tensor, y: Tensor) -> Number:
     """Σ (x − y)² of two tensors of one shape: differences are squared, sums are not subtracted."""
     x, y = _real(x).reshape(-1), _real(y).reshape(-1)
     if x.device.type != "cpu" or y.device.type != "cpu":
@@ -132,10 +129,10 @@ def sum_squared_differences(x: Tensor, y: Tensor) -> Tensor:
         x, y = x.double(), y.double()
     pairs = zip(host_sums.pieces(x), host_sums.pieces(y), strict=True)
     less = (host_sums.difference(one, other) for one, other in pairs)
-    return torch.tensor(sum(host_sums.dot(piece, piece) for piece in less), dtype=torch.float64)
+    return sum(host_sums.dot(piece, piece) for piece in less)
 
 
-def dot(x: Tensor, y: Tensor) -> Tensor:
+def dot(x: Tensor, y: Tensor) -> Number:
     """Dot product Σ x·y of two tensors of one shape (broadcast first where they differ)."""
     x, y = _real(x), _real(y)
     if x.shape != y.shape:
@@ -146,31 +143,32 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     x, y = (_flat(x), _flat(y)) if x.stride() == y.stride() else (x.reshape(-1), y.reshape(-1))
     if x.device.type == "cpu":
         pairs = zip(host_sums.pieces(x), host_sums.pieces(y), strict=True)
-        return torch.tensor(sum(host_sums.dot(one, other) for one, other in pairs), dtype=torch.float64)
+        return sum(host_sums.dot(one, other) for one, other in pairs)
     rows = zip(_rows(_widened(x)), _rows(_widened(y)), strict=True)
     parts = [torch.linalg.vecdot(one, other) for one, other in rows]
     return torch.cat(parts).to(_final(x)).sum() if parts else torch.zeros((), dtype=_final(x), device=x.device)
 
 
-def max_abs(x: Tensor) -> Tensor:
+def max_abs(x: Tensor) -> Number:
     """Largest absolute value, max |x|; NaN if there is one."""
     return measure(x, ("largest",))["largest"]
 
 
-def count_zeros(x: Tensor) -> Tensor:
+def count_zeros(x: Tensor) -> Number:
     """Number of elements that are exactly zero (of either sign). NaN is not zero."""
     return measure(x, ("zeros",))["zeros"]
 
 
-def count_nonfinite(x: Tensor, largest: Tensor | None = None) -> Tensor:
+def count_nonfinite(x: Tensor, largest: Number | None = None) -> Number:
     """Number of NaN and infinite elements. `largest`, max |x| if it is known, spares a CPU the count when finite."""
+    if isinstance(largest, float) and math.isfinite(largest):
+        return 0.0
     x = wide(x)
-    if x.device.type == "cpu" and largest is not None and bool(np.isfinite(largest.numpy())):
-        return torch.zeros((), dtype=torch.float64)
-    return torch.count_nonzero(x * 0).to(_final(x))  # 0·x is NaN, hence not zero, exactly where x is not finite
+    count = torch.count_nonzero(x * 0)  # 0·x is NaN, hence not zero, exactly where x is not finite
+    return float(count) if x.device.type == "cpu" else count.to(_final(x))
 
 
-def count_saturated(x: Tensor, kind: str) -> Tensor | None:
+def count_saturated(x: Tensor, kind: str) -> Number | None:
     """Elements at the ends of a bounded activation: |y| > 0.97 for tanh, y outside [0.03, 0.97] for sigmoid.
 
     `kind` is the lower-case name of the function; None for an activation without such ends.
@@ -182,11 +180,11 @@ def count_saturated(x: Tensor, kind: str) -> Tensor | None:
     else:
         return None
     if x.device.type == "cpu":
-        return torch.tensor(host_sums.beyond(_flat(_real(x)), centre, distance), dtype=torch.float64)
+        return float(host_sums.beyond(_flat(_real(x)), centre, distance))
     return torch.count_nonzero((wide(x) - centre).abs() > distance).to(_final(x))
 
 
-def live_units(x: Tensor, channel_dim: int, zeros: Tensor | None = None) -> Tensor:
+def live_units(x: Tensor, channel_dim: int, zeros: Number | None = None) -> Tensor:
     """Which channels are not zero on some position: a boolean vector as long as the channel axis.
 
     `zeros`, the number of zeros if it is known, spares a CPU the search where there are none.

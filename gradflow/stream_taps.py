@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradflow.join_gradients import JoinGradients
     from gradflow.join_taps import JoinTaps
     from gradflow.records import Call, Graph, Join, Node, Stream, Structure
+    from gradflow.statistics import Number
 
 Use: TypeAlias = "Callable[[Tensor], None]"
 
@@ -36,7 +37,7 @@ class Point:
     """A measured point: elements, Σ x², a sample of rows, and whether rows are positions of a sequence."""
 
     n: int
-    square: Tensor
+    square: Number
     sample: Tensor | None
     tokens: bool
 
@@ -62,8 +63,13 @@ class StreamTaps:
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
             self._sequence_first.add(call)
 
-    def module(self, path: str, node: int, out: Tensor, axis: int, wanted: frozenset[str] | None) -> None:
-        """Measure a module's output if it may be a point; `wanted` holds the modules that are, None while unknown."""
+    def module(
+        self, path: str, node: int, out: Tensor, axis: int, wanted: frozenset[str] | None, square: Number | None
+    ) -> None:
+        """Measure a module's output if it may be a point; `wanted` holds the modules that are, None while unknown.
+
+        `square` is Σ x² where it is known.
+        """
         if (wanted is not None and path not in wanted) or out.dim() < 2:
             return
         sample = geometry.sample_rows(out, axis, self._rows)
@@ -71,7 +77,8 @@ class StreamTaps:
             self._bytes += sample.numel() * sample.element_size()
             if self._bytes > _LEARNING_BYTES:
                 return
-        square = statistics.sum_squares(out)
+        if square is None:
+            square = statistics.sum_squares(out)
         self._outputs[node] = Point(out.numel(), square, sample, geometry.has_tokens(tuple(out.shape)))
 
     def finish(
@@ -122,10 +129,8 @@ class StreamTaps:
         entry = joins.sums.get(node)
         if entry is None:
             return None
-        square = entry.out["out_sq"]
-        assert not isinstance(square, float)
         n = torch.Size(entry.shape).numel()
-        return Point(n, square, entry.sample, geometry.has_tokens(entry.shape))
+        return Point(n, entry.out["out_sq"], entry.sample, geometry.has_tokens(entry.shape))
 
     def _geometry(self, measured: list[tuple[str, Point]]) -> None:
         """Geometry of all points, those of one shape together."""

@@ -161,7 +161,8 @@ class Taps:
                         self._joins.squares[node] = square
                 out = measurable(out) if out is not None else None
                 if out is not None and node is not None and "streams" in self._tables:
-                    self._streams.module(path, node, out, axis, self._plans.points)
+                    known = self._joins.squares.get(node)
+                    self._streams.module(path, node, out, axis, self._plans.points, known)
         except Exception as error:  # noqa: BLE001
             self._on_error(error)
 
