@@ -27,7 +27,7 @@ LEVELS = [
     [
         "modules register reentrant frames attachment observation tracing",
         "likeness roles ancestry sums paths fused joins naming streams trunks residuals",
-        "statistics geometry attention",
+        "host_sums statistics geometry attention",
         "metrics",
         "theory",
     ],
