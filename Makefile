@@ -16,10 +16,10 @@ test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m slow
 
 zoo: $(VENV)/.ready
-	PYTHONPATH=. $(BIN)/python -W ignore tests/score_zoo.py --write
+	PYTHONPATH=tests $(BIN)/python -W ignore -m zoo.score --write
 
 docs: $(VENV)/.ready
-	PYTHONPATH=. $(BIN)/python -W ignore tests/zoo_pages.py
+	PYTHONPATH=tests $(BIN)/python -W ignore -m zoo.pages
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

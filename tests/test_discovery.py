@@ -8,10 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-import zoo
-import zoo_sequence
-import zoo_vision  # noqa: F401  (registers its traps)
+import traps
 from torch import nn
+from traps.attention import attention, pre_norm
 
 from gradflow.discovery import discover, find_branches
 from gradflow.errors import UsageError
@@ -22,9 +21,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("name", zoo.TRAPS)
+@pytest.mark.parametrize("name", traps.TRAPS)
 def test_the_joins_of_every_trap_are_those_written_by_hand(name):
-    trap = zoo.TRAPS[name]
+    trap = traps.TRAPS[name]
     model, args = trap.build()
     branches = find_branches(model, *args)
     joins = {b.join: b for b in branches}
@@ -116,9 +115,9 @@ def test_branches_are_named_by_the_module_that_makes_them():
 
 
 def test_names_stay_when_other_blocks_are_dropped():
-    block = lambda: zoo.Net(lambda m, x: x + m.f(x), f=zoo.mlp())
+    block = lambda: traps.Net(lambda m, x: x + m.f(x), f=traps.mlp())
     forward = lambda m, x: torch.nn.Sequential(*[b for b, keep in zip(m.b, m.keep, strict=True) if keep])(m.stem(x))
-    model = zoo.Net(forward, stem=nn.Linear(8, 8), b=nn.ModuleList(block() for _ in range(3)))
+    model = traps.Net(forward, stem=nn.Linear(8, 8), b=nn.ModuleList(block() for _ in range(3)))
     model.keep = [True, True, True]
     everything = _names(model, X)
     model.keep = [False, True, True]
@@ -126,8 +125,8 @@ def test_names_stay_when_other_blocks_are_dropped():
 
 
 def test_occurrences_of_a_shared_block_are_numbered_and_a_teacher_does_not_shift_them():
-    student = zoo.Net(
-        lambda m, x: m.b(m.b(m.stem(x))), stem=nn.Linear(8, 8), b=zoo.Net(lambda m, x: x + m.f(x), f=zoo.mlp())
+    student = traps.Net(
+        lambda m, x: m.b(m.b(m.stem(x))), stem=nn.Linear(8, 8), b=traps.Net(lambda m, x: x + m.f(x), f=traps.mlp())
     )
 
     def with_teacher(m, x):
@@ -136,7 +135,7 @@ def test_occurrences_of_a_shared_block_are_numbered_and_a_teacher_does_not_shift
         return m.s(x) * target
 
     assert _names(student, X) == ["b.f", "b.f@1"]
-    assert _names(zoo.Net(with_teacher, s=student), X) == ["s.b.f@nograd", "s.b.f@nograd@1", "s.b.f", "s.b.f@1"]
+    assert _names(traps.Net(with_teacher, s=student), X) == ["s.b.f@nograd", "s.b.f@nograd@1", "s.b.f", "s.b.f@1"]
 
 
 def test_depth_counts_joins_from_the_input():
@@ -144,7 +143,7 @@ def test_depth_counts_joins_from_the_input():
 
 
 def _built(name):
-    model, args = zoo.TRAPS[name].build()
+    model, args = traps.TRAPS[name].build()
     return model, *args
 
 
@@ -180,7 +179,7 @@ def test_joins_chain_into_streams(name, streams):
 
 def test_a_plain_stack_has_a_trunk_in_the_streams_place():
     layers = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)]
-    model = zoo.Net(lambda m, x: m.head(m.body(x)), body=nn.Sequential(*layers), head=nn.Linear(8, 2))
+    model = traps.Net(lambda m, x: m.head(m.body(x)), body=nn.Sequential(*layers), head=nn.Linear(8, 2))
     _, structure = discover(model, X)
     (trunk,) = structure.streams
     assert trunk.kind == "trunk"
@@ -192,8 +191,8 @@ def test_a_plain_stack_has_a_trunk_in_the_streams_place():
 
 def test_a_pass_of_48_blocks_is_traced_and_analysed_within_a_second():
     blocks = [
-        zoo_sequence.Net(
-            zoo_sequence.pre_norm(), a=zoo_sequence.attention(), n1=nn.LayerNorm(8), n2=nn.LayerNorm(8), f=zoo.mlp()
+        traps.Net(
+            pre_norm(), a=attention(), n1=nn.LayerNorm(8), n2=nn.LayerNorm(8), f=traps.mlp()
         )
         for _ in range(48)
     ]

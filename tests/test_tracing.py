@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
-from zoo import D, Net, mlp
+from traps import D, Net, mlp
 
 from gradflow.discovery import discover, find_branches
 from gradflow.operations import operation

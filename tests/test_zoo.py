@@ -3,9 +3,9 @@
 import functools
 
 import pytest
-import zoo_runs
-from zoo_runs import HEALTHY, SICK
-from zoo_table import page, record, summary
+from zoo import judging
+from zoo.judging import HEALTHY, SICK
+from zoo.table import page, record, summary
 
 from gradflow.rules import RULES
 
@@ -39,12 +39,12 @@ def split(names, quick):
 
 @functools.cache
 def sick(name):
-    return zoo_runs.judge_sick(name)
+    return judging.judge_sick(name)
 
 
 @functools.cache
 def healthy(name):
-    return zoo_runs.judge_healthy(name)
+    return judging.judge_healthy(name)
 
 
 @pytest.mark.parametrize("name", split(SICK, QUICK_SICK))
@@ -81,7 +81,7 @@ def test_every_code_has_two_sick_runs_or_more_and_there_are_enough_of_both_kinds
 
 
 def test_score_counts_what_was_judged():
-    hit, miss = sick("dead-mlp"), zoo_runs.Judged("missed", "dead-units", false=["frozen-parameter"], losses=(1.0,))
+    hit, miss = sick("dead-mlp"), judging.Judged("missed", "dead-units", false=["frozen-parameter"], losses=(1.0,))
     text = summary([hit, miss], [healthy("mlp-relu")])
     assert "recall (warning or error)   1/2" in text
     assert record([hit, miss], [])["rules"]["dead-units"]["found"] == 1

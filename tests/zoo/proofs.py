@@ -1,6 +1,6 @@
 """Measurements in plain PyTorch that prove a sickness of the zoo, without gradflow: hooks, autograd, arithmetic.
 
-Each function takes a finished training (`zoo_training.Trained`) and returns the figure and whether it proves the label.
+Each function takes a finished training (`zoo.training.Trained`) and returns the figure and whether it proves the label.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ class Watch:
         self.inputs, self.outputs, self.grads = {}, {}, {}
         handles = [self.model.get_submodule(path).register_forward_hook(self._keep(path)) for path in paths]
         self.model.zero_grad(set_to_none=True)
-        (trained.loss(self.model, trained.batches[0] if batch is None else batch) * trained.setup.factor).backward()
+        (
+            trained.loss(self.model, trained.batches[0] if batch is None else batch)
+            * trained.setup.scale(trained.setup.steps)
+        ).backward()
         for handle in handles:
             handle.remove()
 

@@ -1,4 +1,4 @@
-"""The sick runs of the labelled zoo: what is wrong, where, since when, how plain PyTorch proves it, and what cures it.
+"""The sick runs of the zoo whose trouble lies in depth or in a branch.
 
 `remedy` must be found in the finding's first remedy, so that `cure` is that remedy and nothing else. `also` names what is
 true as well, a consequence that may be reported beside the label.
@@ -7,104 +7,25 @@ true as well, a consequence that may be reported beside the label.
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import zoo_proofs as proof
 from torch import nn
-from zoo_data import digits, hidden, pictures, rows, text
-from zoo_library import library
-from zoo_models import (
-    After,
-    ConvNet,
-    Depthwise,
-    Plain,
-    ResidualNet,
-    ResNet,
-    RowEncoder,
-    after,
-    detached,
-    gaussian,
-    he,
-    mlp,
-    multiplied,
-    stack_of_convolutions,
-    transformer,
-)
-from zoo_training import Setup
+
+from zoo import proofs as proof
+from zoo.case import Case
+from zoo.data import digits, hidden, pictures, rows, text
+from zoo.dense import Plain, mlp, stack_of_convolutions
+from zoo.library import library
+from zoo.residual import ConvNet, Depthwise, ResidualNet, ResNet, conv_net
+from zoo.sequence import RowEncoder, transformer
+from zoo.surgery import After, after, detached, gaussian, he, multiplied
+from zoo.training import Setup
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 
 
-@dataclass(frozen=True)
-class Case:
-    """A sick run and its label."""
-
-    code: str
-    place: str
-    """Pattern that one of the finding's first three places must match."""
-    setup: Setup
-    proof: Callable
-    remedy: str = ""
-    cure: dict | Callable | None = None
-    also: tuple[str, ...] = ()
-    since: int = 0
-    twin: str = ""
-    """A healthy run to set beside one that nothing can cure."""
-
-
-def rate_said(remedy):
-    """The learning rate that a remedy names."""
-    return {"lr": float(re.search(r"to about ([0-9.e+-]+) from", remedy)[1])}
-
-
-def clip_said(remedy):
-    """The norm to clip at that a remedy names."""
-    return {"clip": float(re.search(r"norm at ([0-9.e+-]+),", remedy)[1])}
-
-
-def eps_said(remedy):
-    """The optimizer's eps that a remedy names."""
-    return {"options": {"eps": float(re.search(r"eps to ([0-9.e+-]+),", remedy)[1])}}
-
-
-def _after_step(step, factor):
-    return lambda now: factor if now >= step else 1.0
-
-
-def _louder(step, factor):
-    """One batch whose inputs are far too large."""
-    return lambda now, batch: (batch[0] * factor, batch[1]) if now == step else batch
-
-
-def _without(word):
-    return lambda model: [p for n, p in model.named_parameters() if word not in n]
-
-
-def _split(word, lr):
-    def groups(model):
-        named = list(model.named_parameters())
-        return [
-            {"params": [p for n, p in named if word not in n]},
-            {"params": [p for n, p in named if word in n], "lr": lr},
-        ]
-
-    return groups
-
-
-def _conv_net(**options):
-    return lambda: ConvNet(*[Depthwise(16, **options) for _ in range(6)])
-
-
 def _explosive(normed, depth=12):
     return lambda: ConvNet(*[Depthwise(16, scale=1.0, normed=normed, init=he) for _ in range(depth)])
-
-
-def _root(x, eps=0.0):
-    """The distance of x from itself, whose derivative at 0 is 0 · infinity, unless there is an epsilon in the root."""
-    return x + 1e-3 * ((x - x.detach()).pow(2).sum(-1, keepdim=True) + eps).sqrt()
 
 
 def _loud_wpe(model, value=300.0):
@@ -205,8 +126,8 @@ BRANCHES = {
         proof.branch("cells.4", below=1e-3), "last layer|factor|gain", {"model": lambda: ResidualNet(7)},
     ),
     "convnext-double-zero": Case(
-        "silent-branch", r"blocks", Setup(_conv_net(scale=0.0, zero=True), pictures),
-        proof.branch("blocks.2", below=1e-6), "one factor", {"model": _conv_net(scale=0.0)},
+        "silent-branch", r"blocks", Setup(conv_net(scale=0.0, zero=True), pictures),
+        proof.branch("blocks.2", below=1e-6), "one factor", {"model": conv_net(scale=0.0)},
     ),
     "llama-faint-mlp": Case(
         "silent-branch", r"layers\.2\.mlp", Setup(lambda: after(library("llama"), "model.layers.2.mlp", lambda y: 1e-5 * y), text),
@@ -239,8 +160,8 @@ BRANCHES = {
         proof.no_gradient("cells.3.fc", "cells.3.fc2"), "detach", {"model": lambda: ResidualNet(6)},
     ),
     "convnext-detached": Case(
-        "blocked-gradient", r"blocks\.[45]", Setup(lambda: after(_conv_net(scale=1.0)(), "blocks.4", detached), pictures, lr=2e-3),
-        proof.no_gradient("blocks.4.", "blocks.4"), "detach", {"model": _conv_net(scale=1.0)},
+        "blocked-gradient", r"blocks\.[45]", Setup(lambda: after(conv_net(scale=1.0)(), "blocks.4", detached), pictures, lr=2e-3),
+        proof.no_gradient("blocks.4.", "blocks.4"), "detach", {"model": conv_net(scale=1.0)},
     ),
     "resnet-detached": Case(
         "blocked-gradient", r"layers\.1", _resnet.but(model=lambda: ResNet(cut=True)),

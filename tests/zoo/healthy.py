@@ -7,24 +7,15 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from zoo_data import digits, hidden, pictures, recall, rings, rows, text, waves
-from zoo_library import Contrast, Routed, Student, library, low_rank
-from zoo_models import (
-    ConvNet,
-    Depthwise,
-    MixerNet,
-    Plain,
-    Recurrent,
-    ResidualNet,
-    ResNet,
-    RowEncoder,
-    Unrolled,
-    he,
-    mlp,
-    stack_of_convolutions,
-    transformer,
-)
-from zoo_training import Setup, square
+
+from zoo.composed import Contrast, Routed, Student
+from zoo.data import digits, hidden, pictures, recall, rings, rows, text, waves
+from zoo.dense import Plain, mlp, stack_of_convolutions
+from zoo.library import library
+from zoo.residual import ConvNet, Depthwise, MixerNet, ResidualNet, ResNet
+from zoo.sequence import Recurrent, RowEncoder, Unrolled, transformer
+from zoo.surgery import he, low_rank
+from zoo.training import Setup, square
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 _T = functools.partial

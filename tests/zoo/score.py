@@ -1,6 +1,6 @@
 """Train (or read) the labelled zoo, judge every run, print the score, and keep it: `make zoo`.
 
-`python tests/score_zoo.py [WORD ...]` judges only the runs whose name holds a word, and keeps nothing. `--write` keeps the
+`python -m zoo.score [WORD ...]` judges only the runs whose name holds a word, and keeps nothing. `--write` keeps the
 score in tests/ZOO.md and gradflow/rules/record.json.
 """
 
@@ -12,20 +12,19 @@ import time
 import traceback
 from pathlib import Path
 
-import zoo_runs
-from zoo_peers import PEERS
-from zoo_runs import HEALTHY, SICK
-from zoo_table import page, record, summary
+from zoo import judging
+from zoo.judging import HEALTHY, SICK
+from zoo.table import page, record, summary
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def judge(words):
     """Judge the runs; one that cannot be trained is told and counts as missed."""
     sick, healthy = [], []
     for kind, names, function, into in (
-        ("sick", SICK, zoo_runs.judge_sick, sick),
-        ("healthy", HEALTHY, zoo_runs.judge_healthy, healthy),
+        ("sick", SICK, judging.judge_sick, sick),
+        ("healthy", HEALTHY, judging.judge_healthy, healthy),
     ):
         for name in names:
             if words and not any(word in f"{kind}/{name}" for word in words):
@@ -35,14 +34,14 @@ def judge(words):
                 judged = function(name)
             except Exception:
                 traceback.print_exc(limit=-2)
-                judged = zoo_runs.Judged(name, SICK[name].code if kind == "sick" else "", false=["failed"])
+                judged = judging.Judged(name, SICK[name].code if kind == "sick" else "", false=["failed"])
             into.append(judged)
             print(line(judged), f"[{time.time() - begun:.1f} s]", flush=True)
     return sick, healthy
 
 
 def line(judged):
-    alarms = zoo_runs.alarms(judged.findings)
+    alarms = judging.alarms(judged.findings)
     told = "; ".join(f"{f.severity} {f.code} @ {', '.join(f.where[:2])} {f.steps}" for f in alarms)
     if not judged.code:
         return f"{'ok  ' if not alarms else 'BAD '} healthy/{judged.name}: {told}  loss {judged.losses}"
@@ -73,11 +72,10 @@ def main(arguments):
     print()
     print(summary(sick, healthy))
     if write and not words:
-        (HERE / "ZOO.md").write_text(page(sick, healthy))
-        target = HERE.parent / "gradflow" / "rules" / "record.json"
+        (ROOT / "tests" / "ZOO.md").write_text(page(sick, healthy))
+        target = ROOT / "gradflow" / "rules" / "record.json"
         target.write_text(json.dumps(record(sick, healthy), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    assert PEERS
     main(sys.argv[1:])

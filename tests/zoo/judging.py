@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from zoo_healthy import HEALTHY
-from zoo_peers import PEERS
-from zoo_sick import BRANCHES, DEPTH, Case
-from zoo_sick_training import ACTIVATIONS, NUMBERS, OPTIMIZER
-from zoo_training import train
-
 from gradflow.records import Finding
 from gradflow.rules import diagnose
 from gradflow.store import Run
+from zoo.case import Case
+from zoo.healthy import HEALTHY
+from zoo.peers import PEERS
+from zoo.sick_flow import BRANCHES, DEPTH
+from zoo.sick_training import ACTIVATIONS, NUMBERS, OPTIMIZER
+from zoo.training import train
 
 SICK: dict[str, Case] = {**DEPTH, **BRANCHES, **NUMBERS, **ACTIVATIONS, **OPTIMIZER}
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 V, T = 48, 24
 """Characters of the text task, and tokens of a sequence."""
+D = 32
+"""Width of the models."""
 MASK = V
 """Token that hides a character from a masked-language model."""
 

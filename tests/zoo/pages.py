@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import matplotlib.style
-import zoo_runs
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -18,8 +17,9 @@ from gradflow import gallery, handbook, plot_style
 from gradflow.grids import View
 from gradflow.plot_svg import quiet
 from gradflow.rules import RULES
+from zoo import judging
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PICTURES = {picture.key: picture for picture in gallery.PICTURES}
 WIDTH, HEIGHT = 9.4, 3.6  # inches
 
@@ -55,7 +55,7 @@ def on_one_scale(axes):
 def draw(code):
     """The picture of a finding."""
     example = handbook.records()[code]["example"]
-    judged = zoo_runs.judge_sick(example["run"])
+    judged = judging.judge_sick(example["run"])
     sound = f"healthy: {example['twin']}" if example["twin"] else "with the first remedy"
     findings = [finding for finding in judged.findings if finding.code == code]
     titles = (f"{code}: {example['run']}", sound)

@@ -7,8 +7,9 @@ import os
 import platform
 
 import torch
-from zoo_peers import PEERS
-from zoo_runs import SICK
+
+from zoo.judging import SICK
+from zoo.peers import PEERS
 
 HOW = """Real small trainings. A sick run counts as found where its code is reported at warning or error (massive activations:
 info), as placed where one of the finding's first three places is the right one, as cured where its twin with the finding's

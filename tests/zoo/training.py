@@ -56,7 +56,7 @@ class Setup:
     autocast: Any = None
     clip: float | None = None
     scaler: bool = False
-    factor: float = 1.0
+    factor: float | Callable[[int], float] = 1.0
     corrupt: Callable[[int, Any], Any] | None = None
     rate: Callable[[int], float] | None = None
     precision: str | None = None
@@ -64,6 +64,10 @@ class Setup:
 
     def but(self, **changes: Any) -> Setup:
         return replace(self, **changes)
+
+    def scale(self, step: int) -> float:
+        """What the loss of a step is multiplied by."""
+        return self.factor(step) if callable(self.factor) else self.factor
 
 
 @dataclass
@@ -150,7 +154,7 @@ def _loop(folder: Path, trained: Trained, generator: torch.Generator) -> None:
                 with torch.autocast("cpu", dtype=setup.autocast, enabled=setup.autocast is not None):
                     loss = setup.loss(model, batch)
                     total += loss.item() / setup.accumulate
-                    loss = loss * (setup.factor / setup.accumulate)
+                    loss = loss * (setup.scale(step) / setup.accumulate)
                 scaler.scale(loss).backward()
             trained.losses.append(total)
             trained.norms.append(_norm(model) / (scaler.get_scale() if setup.scaler else 1.0))

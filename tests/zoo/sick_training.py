@@ -5,42 +5,20 @@ from __future__ import annotations
 import functools
 
 import torch
-import zoo_proofs as proof
 from torch import nn
-from zoo_data import digits, hidden, pictures, rings, rows, text, waves
-from zoo_library import library
-from zoo_models import (
-    MixerNet,
-    Recurrent,
-    ResidualNet,
-    ResNet,
-    RowEncoder,
-    after,
-    gaussian,
-    he,
-    mlp,
-    multiplied,
-    qk_norm,
-    shifted,
-    stack_of_convolutions,
-    transformer,
-)
-from zoo_sick import (
-    SGD,
-    AdamW,
-    Case,
-    _after_step,
-    _conv_net,
-    _louder,
-    _root,
-    _split,
-    _without,
-    clip_said,
-    eps_said,
-    rate_said,
-)
-from zoo_training import Setup, square
 
+from zoo import proofs as proof
+from zoo.case import Case, clip_said, eps_said, rate_said
+from zoo.data import digits, hidden, pictures, rings, rows, text, waves
+from zoo.dense import mlp, stack_of_convolutions
+from zoo.disturbances import after_step, louder, split, without
+from zoo.library import library
+from zoo.residual import MixerNet, ResidualNet, ResNet, conv_net
+from zoo.sequence import Recurrent, RowEncoder, transformer
+from zoo.surgery import after, gaussian, he, multiplied, qk_norm, shifted
+from zoo.training import Setup, square
+
+SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 _T = functools.partial
 _res = Setup(ResidualNet, digits)
 _gpt = Setup(_T(library, "gpt2"), text)
@@ -49,8 +27,9 @@ _half = {"autocast": torch.float16, "precision": "16-mixed"}
 _qk = ("query", "key")
 
 
-def _divided(x):
-    return x / x.std(-1, keepdim=True).mul(1e3).floor().clamp_max(1.0)
+def _root(x, eps=0.0):
+    """The distance of x from itself, whose derivative at 0 is 0 · infinity, unless there is an epsilon in the root."""
+    return x + 1e-3 * ((x - x.detach()).pow(2).sum(-1, keepdim=True) + eps).sqrt()
 
 
 def _blank(step):
@@ -76,12 +55,12 @@ def _standardised(eps):
 
 
 def _negative_log(eps):
-    return _conv_net(scale=0.1, operation=(lambda x: torch.log(x.pow(2) + eps)) if eps else torch.log)
+    return conv_net(scale=0.1, operation=(lambda x: torch.log(x.pow(2) + eps)) if eps else torch.log)
 
 
 NUMBERS = {
     "spiky-residual": Case(
-        "gradient-spike", r".", _res.but(corrupt=_louder(60, 40.0), every=10, model=lambda: ResidualNet(4, norm=False, final=False, factor=0.3), steps=120),
+        "gradient-spike", r".", _res.but(corrupt=louder(60, 40.0), every=10, model=lambda: ResidualNet(4, norm=False, final=False, factor=0.3), steps=120),
         proof.spiked(60, above=20), "[Cc]lip", clip_said, since=60,
     ),
     "spiky-regression": Case(
@@ -105,7 +84,7 @@ NUMBERS = {
         proof.broke(0), "bf16|epsilon|clamp", None,
     ),
     "runaway-sgd": Case(
-        "exploding-gradient", r".", Setup(lambda: mlp(4, inputs=8, classes=1, init=he), waves, loss=square, optimizer=SGD, lr=0.02, steps=140, every=4, rate=_after_step(100, 12.0)),
+        "exploding-gradient", r".", Setup(lambda: mlp(4, inputs=8, classes=1, init=he), waves, loss=square, optimizer=SGD, lr=0.02, steps=140, every=4, rate=after_step(100, 12.0)),
         proof.outgrown(100, above=100), "learning rate", {"rate": None}, ("nonfinite", "update-too-large"), since=100,
     ),
     "tiny-loss-gpt2": Case(
@@ -194,15 +173,15 @@ OPTIMIZER = {
         "update-too-small", r".", Setup(lambda: Recurrent(nn.GRU), text, lr=1e-8, optimizer=AdamW), proof.moved(below=1e-5), "[Rr]aise", rate_said,
     ),
     "forgotten-head": Case(
-        "frozen-parameter", r"fc", Setup(MixerNet, rows, parameters=_without("fc.")), proof.unmoved("fc."), "optimizer", {"parameters": None},
+        "frozen-parameter", r"fc", Setup(MixerNet, rows, parameters=without("fc.")), proof.unmoved("fc."), "optimizer", {"parameters": None},
     ),
     "forgotten-embedding": Case(
-        "frozen-parameter", r"wte|wpe", _gpt.but(parameters=_without("wpe")), proof.unmoved("wpe"), "optimizer", {"parameters": None},
+        "frozen-parameter", r"wte|wpe", _gpt.but(parameters=without("wpe")), proof.unmoved("wpe"), "optimizer", {"parameters": None},
     ),
     "group-without-rate": Case(
-        "frozen-parameter", r"cells\.[0-5]|inlet", _res.but(parameters=_split("cells", 0.0)), proof.unmoved("cells"), "learning rate", {"parameters": None},
+        "frozen-parameter", r"cells\.[0-5]|inlet", _res.but(parameters=split("cells", 0.0)), proof.unmoved("cells"), "learning rate", {"parameters": None},
     ),
     "lstm-forgotten": Case(
-        "frozen-parameter", r"rnn", Setup(lambda: Recurrent(nn.LSTM), text, parameters=_without("rnn"), lr=3e-3), proof.unmoved("rnn"), "optimizer", {"parameters": None},
+        "frozen-parameter", r"rnn", Setup(lambda: Recurrent(nn.LSTM), text, parameters=without("rnn"), lr=3e-3), proof.unmoved("rnn"), "optimizer", {"parameters": None},
     ),
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The labelled zoo: real small trainings, sick, cured and healthy, and how each is judged."""
