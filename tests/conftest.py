@@ -1,5 +1,7 @@
 """Shared by all tests: one thread, as the machines that run them have few cores."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,3 +12,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fresh_runs(tmp_path_factory):
+    """Runs of the zoo are trained afresh, once a session, unless `ZOO_RUNS` names where they are."""
+    if "ZOO_RUNS" in os.environ:
+        yield
+        return
+    os.environ["ZOO_RUNS"] = str(tmp_path_factory.mktemp("zoo"))
+    yield
+    del os.environ["ZOO_RUNS"]

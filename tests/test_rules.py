@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-import rule_runs
 import runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zoo.healthy import HEALTHY
+from zoo.judging import alarms as alarms_of
+from zoo.small import SMALL
+from zoo.training import train
 
 from gradflow import schema
 from gradflow.records import Finding
@@ -20,7 +23,6 @@ from gradflow.rules import RULES, diagnose, faults, grouping
 from gradflow.rules.view import Grid, View, lasting, median, settled, spell, window
 from gradflow.store import Run
 
-QUICK_HEALTHY = ["mlp-he-sgd", "mlp-tanh", "mlp-overfit", "rezero", "lora", "experts", "three-steps", "torch-encoder-pre"]
 QUICK_SICK = [
     "sigmoid-mlp", "default-mlp-12-wide", "large-init-mlp", "unnormalised", "two-zeros", "one-silent", "gate-not-trained",
     "log-of-negative", "log-from-step-40", "root-of-zero", "nan-in-batch", "loss-of-log", "detached-branch",
@@ -30,17 +32,12 @@ slow = pytest.mark.slow
 
 
 @functools.cache
-def healthy(name):
-    return rule_runs.HEALTHY[name]()
-
-
-@functools.cache
 def sick(name):
-    return rule_runs.SICK[name][1]()
+    return train(f"small/{name}", SMALL[name].setup)[0]
 
 
 def alarms(run):
-    return [finding for finding in diagnose(run) if finding.severity != "info"]
+    return alarms_of(diagnose(run))
 
 
 def split(names, quick):
@@ -50,22 +47,17 @@ def split(names, quick):
 # --- real trainings ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", split(rule_runs.HEALTHY, QUICK_HEALTHY))
-def test_healthy_training_raises_no_alarm(name):
-    assert alarms(healthy(name)) == []
-
-
-@pytest.mark.parametrize("name", split(rule_runs.SICK, QUICK_SICK))
+@pytest.mark.parametrize("name", split(SMALL, QUICK_SICK))
 def test_sick_training_is_found_at_the_right_place(name):
     found = alarms(sick(name))
-    for code, word in rule_runs.SICK[name][0].items():
+    for code, word in SMALL[name].labels.items():
         places = [place for finding in found if finding.code == code for place in finding.where]
         assert any(word in place for place in places), (code, word, [(f.code, f.where) for f in found])
 
 
-@pytest.mark.parametrize("name", split(rule_runs.SICK, QUICK_SICK))
+@pytest.mark.parametrize("name", split(SMALL, QUICK_SICK))
 def test_sick_training_gets_no_finding_that_is_not_known_to_be_true(name):
-    expected = set(rule_runs.SICK[name][0]) | rule_runs.ALSO_TRUE.get(name, set())
+    expected = set(SMALL[name].labels) | SMALL[name].also
     assert {finding.code for finding in alarms(sick(name))} <= expected
 
 
@@ -86,15 +78,15 @@ def test_nan_is_dated_to_the_step_and_the_layer_in_which_it_appeared():
     (finding,) = alarms(sick("log-from-step-40"))
     assert finding.code == "nonfinite"
     assert finding.steps[0] == 40
-    assert finding.where[0] == "blocks.3.norm"
-    assert finding.evidence["last_finite_layer"] == "blocks.2.down"
+    assert finding.where[0] == "cells.3.norm"
+    assert finding.evidence["last_finite_layer"] == "cells.2.inner.fc2"
     assert len(finding.evidence["consequences_layers"]) > 3
 
 
 def test_nan_that_appears_backwards_is_traced_to_where_it_entered():
     (finding,) = alarms(sick("root-of-zero"))
     assert finding.evidence["direction"] == "backward"
-    assert finding.where[0] == "blocks.2.down"
+    assert finding.where[0] == "cells.2.inner.fc2"
 
 
 def test_spike_is_dated():
@@ -454,9 +446,9 @@ def test_a_thousand_branches_over_five_hundred_steps_are_judged_in_seconds():
     assert time.perf_counter() - start < 10
 
 
-@pytest.mark.parametrize("name", split(rule_runs.HEALTHY, ["mlp-he-sgd", "rezero", "torch-encoder-pre"]))
+@pytest.mark.parametrize("name", split(HEALTHY, ["mlp-he-momentum", "residual-rezero", "text-encoder-pre"]))
 def test_healthy_training_raises_no_alarm_at_any_step_of_the_way(name):
-    run = healthy(name)
+    run, _ = train(f"healthy/{name}", HEALTHY[name])
     for step in run.steps:
         tables = {t: run.table(t).select([c.name for c in schema.TABLES[t]]) for t in schema.TABLES}
         so_far = Run(run.meta, {t: table.filter(pc.less_equal(table["step"], step)) for t, table in tables.items()})

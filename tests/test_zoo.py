@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from zoo import judging
+from zoo import judging, score, table
 from zoo.judging import HEALTHY, SICK
 from zoo.table import page, record, summary
 
@@ -17,20 +17,19 @@ QUICK_SICK = [
     "group-without-rate",
     "division-by-spread",
 ]
-QUICK_HEALTHY = ["mlp-relu", "mlp-he-momentum", "residual-rezero", "residual-batch-of-two", "ten-steps"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _runs(tmp_path_factory):
-    """Runs are trained afresh unless `ZOO_RUNS` names where they are."""
-    import os
-
-    before = os.environ.get("ZOO_RUNS")
-    if before is None:
-        os.environ["ZOO_RUNS"] = str(tmp_path_factory.mktemp("zoo"))
-    yield
-    if before is None:
-        del os.environ["ZOO_RUNS"]
+QUICK_HEALTHY = [
+    "mlp-relu",
+    "mlp-he-momentum",
+    "mlp-tanh",
+    "mlp-overfit",
+    "residual-rezero",
+    "residual-batch-of-two",
+    "lora-residual",
+    "experts",
+    "gpt2-four-steps",
+    "ten-steps",
+    "text-encoder-pre",
+]
 
 
 def split(names, quick):
@@ -87,3 +86,26 @@ def test_score_counts_what_was_judged():
     assert record([hit, miss], [])["rules"]["dead-units"]["found"] == 1
     assert record([hit, miss], [])["rules"]["frozen-parameter"]["false"] == 1
     assert "| missed | dead-units |" in page([hit, miss], [healthy("mlp-relu")])
+
+
+def test_parts_of_the_zoo_are_the_whole_of_it():
+    parts = [name for k in (1, 2, 3) for name in score.chosen([], f"{k}/3")]
+    assert sorted(parts) == sorted(score.chosen([], "1/1"))
+    assert len(parts) == len(SICK) + len(HEALTHY)
+
+
+def test_a_fresh_draw_trains_the_same_setup_with_another_seed_and_cadence(monkeypatch):
+    asked = []
+    monkeypatch.setattr(judging, "train", lambda name, setup, proof: asked.append((name, setup.seed, setup.every)))
+    judging.Draw(5, 7).train("healthy/mlp-relu", HEALTHY["mlp-relu"])
+    judging.LABELLED.train("healthy/mlp-relu", HEALTHY["mlp-relu"])
+    assert asked == [("seed-5/every-7/healthy/mlp-relu", 5, 7), ("healthy/mlp-relu", 0, 20)]
+
+
+def test_scores_of_fresh_draws_are_kept_once_each_and_told_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "FRESH", tmp_path / "fresh.json")
+    for found in (False, True):
+        table.keep_fresh(5, 7, [judging.Judged("one", "dead-units", found=found, placed=found)], [])
+    (row,) = table.fresh_rows()
+    assert row.startswith("| 5, 7 |")
+    assert "1/1" in row

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
-from zoo.data import D
+from zoo.data import D, V
+from zoo.dense import mlp
+from zoo.library import library
 from zoo.residual import ResidualNet
 
 
@@ -67,3 +71,50 @@ class Routed(nn.Module):
                     mixed = mixed.index_add(0, chosen, expert(h[chosen]) * weight[chosen, None])
             x = x + mixed.view_as(x)
         return self.fc(x.mean(1))
+
+
+class Averaged(nn.Module):
+    """A network beside an untrained copy of itself that still requires gradients, as careless averaging leaves it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = ResidualNet(4, inputs=16, classes=4)
+        self.average = copy.deepcopy(self.net)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Policy(nn.Module):
+    """A tanh trunk with two heads, as in reinforcement learning."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.policy, self.value = mlp(2, nn.Tanh, inputs=16, width=64, classes=64), nn.Linear(64, 4), nn.Linear(64, 1)
+
+    def forward(self, x):
+        x = torch.tanh(self.trunk(x))
+        return self.policy(x), self.value(x)
+
+
+class VAE(nn.Module):
+    """Mean and deviation, a sample, and what is made of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = mlp(2, inputs=16, classes=8), mlp(2, inputs=4, classes=16)
+
+    def forward(self, x):
+        mean, log = self.encoder(x).chunk(2, -1)
+        return self.decoder(mean + torch.randn_like(mean) * (log / 2).exp()), mean, log
+
+
+class WithPooler(nn.Module):
+    """BERT whose pooler runs and is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert, self.head = library("bert-model"), nn.Linear(D, V)
+
+    def forward(self, tokens):
+        return self.head(self.bert(tokens).last_hidden_state)

@@ -81,6 +81,13 @@ def waves(generator, *, batch=64):
     return x, (x[:, :4].sin().sum(1) + x[:, 4] * x[:, 5])[:, None]
 
 
+def vectors(generator, *, batch=64, scale=1.0):
+    """Noisy prototypes of four classes, 16 numbers each."""
+    prototypes = torch.randn(4, 16, generator=torch.Generator().manual_seed(9))
+    y = torch.randint(4, (batch,), generator=generator)
+    return scale * (prototypes[y] + torch.randn(batch, 16, generator=generator)), y
+
+
 def recall(generator, *, batch=32, tokens=20):
     """Ten random tokens a sequence, padded with noise: the class is its very first token."""
     x = torch.randint(8, (batch, tokens), generator=generator)

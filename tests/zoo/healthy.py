@@ -5,34 +5,23 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from zoo.composed import Contrast, Routed, Student
+from zoo.convolutions import ConvNet, Depthwise, ResNet, stack_of_convolutions
 from zoo.data import digits, hidden, pictures, recall, rings, rows, text, waves
-from zoo.dense import Plain, mlp, stack_of_convolutions
+from zoo.dense import Plain, mlp
+from zoo.healthy_kinds import KINDS
 from zoo.library import library
-from zoo.residual import ConvNet, Depthwise, MixerNet, ResidualNet, ResNet
+from zoo.losses import distilled, own, reconstruction, square
+from zoo.residual import MixerNet, ResidualNet
 from zoo.sequence import Recurrent, RowEncoder, Unrolled, transformer
 from zoo.surgery import he, low_rank
-from zoo.training import Setup, square
+from zoo.training import Setup
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 _T = functools.partial
 _mom = {"optimizer": SGD, "options": {"momentum": 0.9}}
-
-
-def _distilled(model, batch):
-    out = model(batch[0])
-    return F.cross_entropy(out, batch[1]) + model.distance(batch[0], out)
-
-
-def _contrast(model, batch):
-    return model(batch[0])
-
-
-def _autoencoder(model, batch):
-    return F.mse_loss(model(batch[0]), batch[0])
 
 
 def _bias_apart(model):
@@ -50,6 +39,7 @@ def _cosine(step):
 
 
 HEALTHY = {
+    **KINDS,
     "mlp-relu": Setup(lambda: mlp(4), digits),
     "mlp-he-momentum": Setup(lambda: mlp(5, init=he), digits, lr=0.03, **_mom),
     "mlp-tanh": Setup(lambda: mlp(4, nn.Tanh, init=nn.init.xavier_normal_), digits),
@@ -57,7 +47,7 @@ HEALTHY = {
     "mlp-batchnorm": Setup(lambda: mlp(6, norm=nn.BatchNorm1d), digits),
     "mlp-rings": Setup(lambda: mlp(3, inputs=2, classes=4), rings, lr=5e-3, steps=200),
     "regression": Setup(lambda: mlp(3, inputs=8, classes=1), waves, loss=square, lr=3e-3),
-    "autoencoder-relu": Setup(lambda: nn.Sequential(*mlp(2, classes=8), *mlp(2, inputs=8, classes=64)), digits, loss=_autoencoder, lr=3e-3),
+    "autoencoder-relu": Setup(lambda: nn.Sequential(*mlp(2, classes=8), *mlp(2, inputs=8, classes=64)), digits, loss=reconstruction, lr=3e-3),
     "cnn-plain": Setup(lambda: stack_of_convolutions(6, init=he), pictures, lr=2e-3),
     "cnn-batchnorm-10": Setup(lambda: stack_of_convolutions(10, norm=True), pictures, lr=2e-3),
     "resnet-momentum": Setup(ResNet, pictures, lr=0.05, **_mom),
@@ -77,8 +67,8 @@ HEALTHY = {
     "residual-batch-of-two": Setup(ResidualNet, _T(digits, batch=2), lr=3e-4),
     "residual-relu-unscaled-shallow": Setup(lambda: ResidualNet(3, norm=False, act=torch.relu), digits),
     "experts": Setup(Routed, rows),
-    "distillation": Setup(Student, digits, loss=_distilled),
-    "simsiam": Setup(Contrast, digits, loss=_contrast, lr=3e-4),
+    "distillation": Setup(Student, digits, loss=distilled),
+    "simsiam": Setup(Contrast, digits, loss=own, lr=3e-4),
     "lora-vit": Setup(lambda: low_rank(library("vit"), ("q_proj", "v_proj", "query", "value", "fc1")), pictures, lr=3e-3),
     "lora-residual": Setup(lambda: low_rank(ResidualNet(6), ("fc1", "fc2")), digits, lr=3e-3),
     "pre-norm-14": Setup(lambda: transformer(14), text, steps=80),

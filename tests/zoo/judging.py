@@ -18,6 +18,22 @@ from zoo.training import train
 SICK: dict[str, Case] = {**DEPTH, **BRANCHES, **NUMBERS, **ACTIVATIONS, **OPTIMIZER}
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Seed and cadence other than the ones that a run was labelled with; None keeps those."""
+
+    seed: int | None = None
+    every: int | None = None
+
+    def train(self, name, setup, proof=None):
+        changes = {key: value for key, value in vars(self).items() if value is not None}
+        folder = "".join(f"{key}-{value}/" for key, value in changes.items())
+        return train(folder + name, setup.but(**changes), proof)
+
+
+LABELLED = Draw()
+
+
 @dataclass
 class Judged:
     """One run of the zoo against its label.
@@ -61,8 +77,8 @@ def alarms(findings):
     return [finding for finding in findings if finding.severity != "info"]
 
 
-def judge_healthy(name):
-    run, result = train(f"healthy/{name}", HEALTHY[name])
+def judge_healthy(name, draw=LABELLED):
+    run, result = draw.train(f"healthy/{name}", HEALTHY[name])
     findings = diagnose(run)
     return Judged(
         name, false=[f.code for f in alarms(findings)], findings=findings, losses=(result["before"], result["after"]),
@@ -70,9 +86,9 @@ def judge_healthy(name):
     )  # fmt: skip
 
 
-def judge_sick(name):
+def judge_sick(name, draw=LABELLED):
     case = SICK[name]
-    run, result = train(f"sick/{name}", case.setup, case.proof)
+    run, result = draw.train(f"sick/{name}", case.setup, case.proof)
     findings = diagnose(run)
     wanted = findings if case.code == "massive-activation" else alarms(findings)
     hits = [finding for finding in wanted if finding.code == case.code]
@@ -86,13 +102,13 @@ def judge_sick(name):
         run=run, findings=findings, losses=(result["after"],), peers={peer: rules(run) for peer, rules in PEERS.items()},
     )  # fmt: skip
     if case.cure is not None:
-        _cure(judged, case, hits)
+        _cure(judged, case, hits, draw)
     elif case.twin:
-        judged.twin, _ = train(f"healthy/{case.twin}", HEALTHY[case.twin])
+        judged.twin, _ = draw.train(f"healthy/{case.twin}", HEALTHY[case.twin])
     return judged
 
 
-def _cure(judged, case, hits):
+def _cure(judged, case, hits, draw):
     remedy = hits[0].remedy if hits else ""
     judged.remedied = bool(re.search(case.remedy, remedy, re.DOTALL))
     if callable(case.cure) and not judged.remedied:
@@ -100,7 +116,7 @@ def _cure(judged, case, hits):
         return
     change = case.cure(remedy) if callable(case.cure) else case.cure
     said = "".join(f"-{value}" for value in change.values() if isinstance(value, float))
-    run, result = train(f"cured/{judged.name}{said}", case.setup.but(**change))
+    run, result = draw.train(f"cured/{judged.name}{said}", case.setup.but(**change))
     judged.twin, judged.cure_findings = run, alarms(diagnose(run))
     judged.losses = (*judged.losses, result["after"])
     gone = case.code not in {finding.code for finding in judged.cure_findings}

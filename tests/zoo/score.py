@@ -1,43 +1,47 @@
 """Train (or read) the labelled zoo, judge every run, print the score, and keep it: `make zoo`.
 
-`python -m zoo.score [WORD ...]` judges only the runs whose name holds a word, and keeps nothing. `--write` keeps the
-score in tests/ZOO.md and gradflow/rules/record.json.
+`python -m zoo.score [WORD ...]` judges only the runs whose name holds a word, `--part 2/5` the second fifth of them: with
+`ZOO_RUNS` set, what is trained in parts is scored in one go afterwards. `--write` keeps the score in tests/ZOO.md and
+gradflow/rules/record.json. `--fresh SEED EVERY` scores with a seed and a cadence that no run was labelled with, and
+`--write` keeps that score in tests/zoo/fresh.json, from where tests/ZOO.md tells it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 import traceback
 from pathlib import Path
 
 from zoo import judging
 from zoo.judging import HEALTHY, SICK
-from zoo.table import page, record, summary
+from zoo.table import keep_fresh, page, record, summary
 
 ROOT = Path(__file__).parents[2]
 
 
-def judge(words):
+def judge(names, draw):
     """Judge the runs; one that cannot be trained is told and counts as missed."""
-    sick, healthy = [], []
-    for kind, names, function, into in (
-        ("sick", SICK, judging.judge_sick, sick),
-        ("healthy", HEALTHY, judging.judge_healthy, healthy),
-    ):
-        for name in names:
-            if words and not any(word in f"{kind}/{name}" for word in words):
-                continue
-            begun = time.time()
-            try:
-                judged = function(name)
-            except Exception:
-                traceback.print_exc(limit=-2)
-                judged = judging.Judged(name, SICK[name].code if kind == "sick" else "", false=["failed"])
-            into.append(judged)
-            print(line(judged), f"[{time.time() - begun:.1f} s]", flush=True)
-    return sick, healthy
+    judged = {"sick": [], "healthy": []}
+    for kind, name in names:
+        begun = time.time()
+        try:
+            one = (judging.judge_sick if kind == "sick" else judging.judge_healthy)(name, draw)
+        except Exception:
+            traceback.print_exc(limit=-2)
+            one = judging.Judged(name, SICK[name].code if kind == "sick" else "", false=["failed"])
+        judged[kind].append(one)
+        print(line(one), f"[{time.time() - begun:.1f} s]", flush=True)
+    return judged["sick"], judged["healthy"]
+
+
+def chosen(words, part):
+    """The runs whose name holds a word (all without words), of which `part`, as in "2/5", takes every fifth."""
+    names = [("sick", name) for name in SICK] + [("healthy", name) for name in HEALTHY]
+    names = [(kind, name) for kind, name in names if not words or any(word in f"{kind}/{name}" for word in words)]
+    which, of = map(int, part.split("/"))
+    return names[which - 1 :: of]
 
 
 def line(judged):
@@ -65,17 +69,30 @@ def line(judged):
     return f"{'ok  ' if good else 'BAD '} {marks} sick/{judged.name} [{judged.code}, {judged.figure:.3g}]: {told}{cure}"
 
 
-def main(arguments):
-    write = "--write" in arguments
-    words = [word for word in arguments if not word.startswith("--")]
-    sick, healthy = judge(words)
+def keep(sick, healthy):
+    """Write the score where the pages and the rules read it."""
+    (ROOT / "tests" / "ZOO.md").write_text(page(sick, healthy), "utf-8")
+    text = json.dumps(record(sick, healthy), indent=1)
+    (ROOT / "gradflow" / "rules" / "record.json").write_text(text + "\n", "utf-8")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--part", default="1/1", metavar="K/N")
+    parser.add_argument("--fresh", nargs=2, type=int, default=(None, None), metavar=("SEED", "EVERY"))
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args(arguments)
+    sick, healthy = judge(chosen(given.words, given.part), judging.Draw(*given.fresh))
     print()
     print(summary(sick, healthy))
-    if write and not words:
-        (ROOT / "tests" / "ZOO.md").write_text(page(sick, healthy))
-        target = ROOT / "gradflow" / "rules" / "record.json"
-        target.write_text(json.dumps(record(sick, healthy), indent=1) + "\n")
+    if not given.write or given.words or given.part != "1/1":
+        return
+    if given.fresh[0] is None:
+        keep(sick, healthy)
+    else:
+        keep_fresh(*given.fresh, sick, healthy)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gradflow.models import LanguageModel
@@ -63,3 +64,38 @@ class Unrolled(nn.Module):
         for t in range(x.shape[1]):
             state = self.cell(x[:, t], state)
         return self.fc(state)
+
+
+class TextEncoder(RowEncoder):
+    """The same over characters, with a causal mask and a head at every token."""
+
+    def __init__(self, depth=4, **options):
+        super().__init__(depth, **options)
+        self.embed, self.pos, self.fc = nn.Embedding(V, D), nn.Parameter(0.02 * torch.randn(T, D)), nn.Linear(D, V)
+
+    def forward(self, tokens):
+        mask = torch.triu(torch.full((T, T), -torch.inf), 1)
+        return self.fc(self.encoder(self.embed(tokens) + self.pos, mask=mask))
+
+
+class WaveNet(nn.Module):
+    """Dilated causal convolutions, gated; `zero` starts both the gates and the last layers at zero."""
+
+    def __init__(self, depth=6, *, zero=False):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, D), nn.Linear(D, V)
+        self.filters = nn.ModuleList(nn.Conv1d(D, 2 * D, 2, dilation=2 ** (i % 4)) for i in range(depth))
+        self.project = nn.ModuleList(nn.Conv1d(D, D, 1) for _ in range(depth))
+        self.alpha = nn.Parameter(torch.zeros(depth)) if zero else None
+        if zero:
+            for layer in self.project:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens):
+        x = self.embed(tokens).transpose(1, 2)
+        for i, (filters, project) in enumerate(zip(self.filters, self.project, strict=True)):
+            a, b = filters(F.pad(x, (2 ** (i % 4), 0))).chunk(2, 1)
+            f = project(torch.tanh(a) * torch.sigmoid(b))
+            x = x + (f if self.alpha is None else self.alpha[i] * f)
+        return self.head(x.transpose(1, 2))

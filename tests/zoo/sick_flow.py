@@ -13,10 +13,11 @@ from torch import nn
 
 from zoo import proofs as proof
 from zoo.case import Case
+from zoo.convolutions import ConvNet, Depthwise, ResNet, conv_net, stack_of_convolutions
 from zoo.data import digits, hidden, pictures, rows, text
-from zoo.dense import Plain, mlp, stack_of_convolutions
+from zoo.dense import Plain, mlp
 from zoo.library import library
-from zoo.residual import ConvNet, Depthwise, ResidualNet, ResNet, conv_net
+from zoo.residual import ResidualNet
 from zoo.sequence import RowEncoder, transformer
 from zoo.surgery import After, after, detached, gaussian, he, multiplied
 from zoo.training import Setup

@@ -9,14 +9,16 @@ from torch import nn
 
 from zoo import proofs as proof
 from zoo.case import Case, clip_said, eps_said, rate_said
+from zoo.convolutions import ResNet, conv_net, stack_of_convolutions
 from zoo.data import digits, hidden, pictures, rings, rows, text, waves
-from zoo.dense import mlp, stack_of_convolutions
+from zoo.dense import mlp
 from zoo.disturbances import after_step, louder, split, without
 from zoo.library import library
-from zoo.residual import MixerNet, ResidualNet, ResNet, conv_net
+from zoo.losses import square
+from zoo.residual import MixerNet, ResidualNet
 from zoo.sequence import Recurrent, RowEncoder, transformer
 from zoo.surgery import after, gaussian, he, multiplied, qk_norm, shifted
-from zoo.training import Setup, square
+from zoo.training import Setup
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 _T = functools.partial

@@ -46,6 +46,17 @@ def after(model, path, operation):
     return model
 
 
+class Since:
+    """An operation that begins with the call of that number, counted from 0."""
+
+    def __init__(self, operation, call):
+        self.operation, self.call, self.calls = operation, call, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return self.operation(x) if self.calls > self.call else x
+
+
 def detached(x):
     return x.detach()
 

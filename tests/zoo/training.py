@@ -19,23 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import gradflow
+from zoo.losses import classify
 
 warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
-
-
-def classify(model, batch):
-    """Cross-entropy of a model's output, a tensor or the library's record of logits."""
-    out = model(batch[0])
-    out = getattr(out, "logits", out)
-    return F.cross_entropy(out.flatten(0, -2), batch[1].flatten())
-
-
-def square(model, batch):
-    return F.mse_loss(model(batch[0]), batch[1])
 
 
 @dataclass(frozen=True)
@@ -102,6 +91,16 @@ def train(
         result = _train(folder, setup, proof)
         (folder / "result.json").write_text(json.dumps(result))
     return gradflow.load(folder / "run"), json.loads((folder / "result.json").read_text())
+
+
+def pretrained(model: nn.Module, data: Callable[[torch.Generator], Any], *, steps: int = 100) -> nn.Module:
+    """The model after some steps of Adam."""
+    generator, opt = torch.Generator().manual_seed(0), torch.optim.Adam(model.parameters())
+    for _ in range(steps):
+        opt.zero_grad()
+        classify(model, data(generator)).backward()
+        opt.step()
+    return model
 
 
 def _train(folder: Path, setup: Setup, proof) -> dict[str, Any]:
