@@ -6,9 +6,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from gradflow.directories import new_directory, resume
 from gradflow.errors import UsageError
 from gradflow.live import LiveReport
+from gradflow.store.directories import new_directory, resume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

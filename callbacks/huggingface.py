@@ -11,8 +11,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from gradflow.errors import RunError
-from gradflow.options import chosen_tables
 from gradflow.recorder import Recorder
+from gradflow.recorder.options import chosen_tables
 from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradflow.errors import RunError
-from gradflow.options import chosen_tables
 from gradflow.recorder import Recorder
+from gradflow.recorder.options import chosen_tables
 from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradflow.callbacks import GradientFlowMonitor
-from gradflow.console import print_table, say
+from gradflow.cli.console import print_table, say
 from gradflow.corpus import make_corpus, read_sources
 from gradflow.errors import RunError, UsageError
 from gradflow.models import EncoderOptions, LanguageModel

@@ -71,7 +71,7 @@ class LiveReport:
             self._expected = GROWTH * cost
 
     def _write(self, run: Run, step: int) -> None:
-        from gradflow import gallery  # matplotlib is loaded when there is something to draw
+        from gradflow.plotting import gallery  # matplotlib is loaded when there is something to draw
         from gradflow.report import report
         from gradflow.rules import diagnose
 

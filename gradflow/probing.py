@@ -12,21 +12,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gradflow.description import Description
 from gradflow.discovery import eager, preserved
 from gradflow.errors import UsageError
-from gradflow.modules import tensors_in
-from gradflow.parts import arrow_schema
-from gradflow.plans import Plans
-from gradflow.recording import StepInProgress
+from gradflow.recorder.description import Description
+from gradflow.recorder.plans import Plans
+from gradflow.recorder.recording import StepInProgress
 from gradflow.records import Problem
 from gradflow.schema import TABLES
 from gradflow.store import Run
+from gradflow.store.parts import arrow_schema
+from gradflow.tracing.modules import tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from gradflow.recording import Finished
+    from gradflow.recorder.recording import Finished
 
 _ROWS = 256
 _NO_GRADIENT = Problem("loss", "", "it does not depend on anything that requires a gradient: no backward pass was run")

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import runs
 
-from gradflow import manifest, parts
-from gradflow.storage import LocalStorage
+from gradflow.store import manifest, parts
+from gradflow.store.storage import LocalStorage
 
 PARTS = 40
 

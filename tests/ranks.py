@@ -74,7 +74,7 @@ def plain(root: Path, rank: int, world: int, wrap, net=None) -> None:
     model = wrap(Transformer(dropout=0.0) if net is None else net())
     optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
     if rank == 0:
-        from gradflow.directories import new_directory
+        from gradflow.store.directories import new_directory
 
         new_directory(root / "gradflow")
     if world > 1:
@@ -112,7 +112,7 @@ class Breaks(pl.Callback):
 
     def on_train_batch_start(self, trainer, *_):
         if self.rank == 1 and trainer.global_step == 2:
-            from gradflow import recording
+            from gradflow.recorder import recording
 
             recording.StepInProgress.finish = lambda self: 1 / 0
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from gradflow.axes import features_axis
 from gradflow.tracing import Tracer
+from gradflow.tracing.axes import features_axis
 
 
 def _axis_of_output(module, x):

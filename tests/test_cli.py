@@ -12,7 +12,7 @@ from gradflow.metrics import DERIVED
 from gradflow.records import Finding
 from gradflow.rules import RULES
 from gradflow.schema import TABLES
-from gradflow.writer import RunWriter
+from gradflow.store.writer import RunWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from gradflow.directories import new_directory, resume
 from gradflow.errors import RunError
 from gradflow.store import load
-from gradflow.writer import RunWriter
+from gradflow.store.directories import new_directory, resume
+from gradflow.store.writer import RunWriter
 
 
 def record(path, run_id="one", steps=(0,)):

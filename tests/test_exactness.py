@@ -22,7 +22,7 @@ from hand_nets import (
 )
 
 import gradflow
-from gradflow.conservation import balances, conservation, unbalanced
+from gradflow.store.conservation import balances, conservation, unbalanced
 
 
 def both(net, x, dtype=torch.float64):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from gradflow.cli.factories import build
 from gradflow.errors import UsageError
-from gradflow.factories import build
 
 SOURCE = """
 import torch

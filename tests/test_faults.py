@@ -36,9 +36,11 @@ from trainings import (
 )
 
 import gradflow
-from gradflow import frames, recording, taps, tracing
+from gradflow import tracing
 from gradflow.errors import GradflowError
-from gradflow.storage import LocalStorage
+from gradflow.recorder import recording, taps
+from gradflow.store.storage import LocalStorage
+from gradflow.tracing import frames
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,7 +128,7 @@ def test_bug_that_comes_late_costs_only_what_comes_after(flush, tmp_path, caplog
         return original(self)
 
     monkeypatch.setattr(recording.StepInProgress, "finish", broken)
-    monkeypatch.setattr("gradflow.recorder.FLUSH_STEPS", flush)
+    monkeypatch.setattr("gradflow.recorder.recorder.FLUSH_STEPS", flush)
     watching = survives(tmp_path, caplog)
     assert watching.run.steps == [0, 1, 2, 3]
     assert watching.run.meta["stopped"]["step"] == 4
@@ -141,7 +143,7 @@ def _full(*_args, **_kwargs):
 
 
 def test_disk_that_fills_up(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("gradflow.recorder.FLUSH_STEPS", 2)
+    monkeypatch.setattr("gradflow.recorder.recorder.FLUSH_STEPS", 2)
     writes, original = [], LocalStorage.write
 
     def write(self, name, produce):
@@ -155,7 +157,7 @@ def test_disk_that_fills_up(tmp_path, caplog, monkeypatch):
 
 
 def test_directory_that_is_removed_is_made_again_or_given_up(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("gradflow.recorder.FLUSH_STEPS", 1)
+    monkeypatch.setattr("gradflow.recorder.recorder.FLUSH_STEPS", 1)
 
     class Removes(Task):
         def training_step(self, batch, batch_idx):
@@ -184,7 +186,7 @@ def test_directory_that_cannot_be_made(tmp_path, caplog):
 
 
 def test_permission_that_is_lost(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("gradflow.recorder.FLUSH_STEPS", 1)
+    monkeypatch.setattr("gradflow.recorder.recorder.FLUSH_STEPS", 1)
     original = os.open
 
     def denied(path, flags, *rest, **options):
@@ -215,8 +217,8 @@ def test_size_limit_of_the_process(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         module = Task(Transformer(4))
         watching = monitor(Path := __import__("pathlib").Path(sys.argv[1]), strict=False)
-        import gradflow.recorder
-        gradflow.recorder.FLUSH_STEPS = 2
+        import gradflow.recorder.recorder
+        gradflow.recorder.recorder.FLUSH_STEPS = 2
         class Limits(pl.Callback):
             def on_train_batch_start(self, trainer, *_):
                 if trainer.global_step == 4:
@@ -362,8 +364,8 @@ TRAINING = """
     import sys
     from pathlib import Path
     from trainings import *
-    import gradflow.recorder
-    gradflow.recorder.FLUSH_STEPS = 3
+    import gradflow.recorder.recorder
+    gradflow.recorder.recorder.FLUSH_STEPS = 3
     module = Task(Transformer())
     root = Path(sys.argv[1])
     class Tells(pl.Callback):

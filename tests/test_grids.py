@@ -7,8 +7,8 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradflow.grids import Grid, View, run_starts
 from gradflow.store import Run
+from gradflow.store.grids import Grid, View, run_starts
 
 
 def small_run(rows, order=("a", "b", "c")):

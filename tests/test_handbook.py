@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gradflow import gallery, handbook
+from gradflow.cli import handbook
+from gradflow.plotting import gallery
 from gradflow.rules import RULES
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -102,7 +102,7 @@ def test_resumed_training_goes_on_in_the_same_run(tmp_path):
 
 
 def test_fault_of_ours_never_reaches_training(tmp_path, caplog, monkeypatch):
-    from gradflow import recording
+    from gradflow.recorder import recording
 
     bare, _ = trained(tmp_path / "a")
     monkeypatch.setattr(recording.ParameterTaps, "gradients", lambda *_, **__: 1 / 0)

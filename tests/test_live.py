@@ -7,8 +7,9 @@ import runs
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from trainings import ResidualMLP, Task, fit, monitor, trainer
 
-from gradflow import gallery, live
+from gradflow import live
 from gradflow.live import LiveReport
+from gradflow.plotting import gallery
 
 
 class Time:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradflow.merging import arrange
-from gradflow.parts import conform
 from gradflow.schema import TABLES
 from gradflow.store import Run
+from gradflow.store.merging import arrange
+from gradflow.store.parts import conform
 
 NUMBER = st.none() | st.sampled_from([0.0, 1.0, -2.0, 0.5, math.nan, math.inf])
 ROW = st.fixed_dictionaries(

@@ -1,4 +1,4 @@
-from gradflow.outline import render_tree
+from gradflow.cli.outline import render_tree
 from gradflow.records import Addend, Branch, Join, Problem, Stream, Structure
 
 

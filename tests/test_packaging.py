@@ -60,7 +60,7 @@ def sources(folder):
 def test_wheel_holds_every_module_template_and_the_typing_mark(contents):
     expected = {f"gradflow/{name}" for name in sources("gradflow")}
     expected |= {f"gradflow/callbacks/{name}" for name in sources("callbacks")}
-    assert {"gradflow/py.typed", "gradflow/report.html", "gradflow/callbacks/lightning.py"} <= expected
+    assert {"gradflow/py.typed", "gradflow/report/templates/report.html", "gradflow/callbacks/lightning.py"} <= expected
     assert {name for name in contents if ".dist-info/" not in name} == expected
 
 
@@ -83,7 +83,7 @@ def test_metadata_names_the_distribution_licence_and_command(built):
 def test_sdist_holds_the_sources_where_they_stand_in_the_checkout(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "callbacks/lightning.py", "gradflow/report.html"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "callbacks/lightning.py", "gradflow/report/templates/report.html"} <= names
     assert not any(name.startswith("gradflow/callbacks/") for name in names)
 
 

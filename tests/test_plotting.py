@@ -13,10 +13,12 @@ import runs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradflow import gallery, plot_compare, plot_heat, plot_svg, plotting, readings, theory
-from gradflow import plot_style as style
+from gradflow import plotting, theory
 from gradflow.errors import UsageError
-from gradflow.grids import View
+from gradflow.plotting import comparison, gallery, heat, style
+from gradflow.plotting.svg import _COLOUR, quiet
+from gradflow.store import readings
+from gradflow.store.grids import View
 
 KINDS = {
     "pre-norm": lambda: runs.prenorm(blocks=4, last=200),
@@ -54,7 +56,7 @@ def test_a_picture_returns_its_axes_and_changes_nothing_else(picture, kind, view
     before = dict(mpl.rcParams)
     tables = {name: run.run.table(name) for name in ("branches", "streams", "steps")}
     ax = axes()
-    with plot_svg.quiet():
+    with quiet():
         assert picture.plot(run, ax, **({"findings": runs.findings()} if picture.marks else {})) is ax
         ax.figure.draw_without_rendering()
     assert dict(mpl.rcParams) == before
@@ -176,7 +178,7 @@ def test_a_heat_map_shows_the_recorded_value_in_each_cell():
     run = runs.prenorm(blocks=3, last=8)
     ax = plotting.plot_ratio_map(run, axes())
     grid = View(run).grid("branches", "branch_ratio")
-    look = plot_heat.colours(grid.values, "log")
+    look = heat.colours(grid.values, "log")
     expected = mpl.colormaps[look.map](look.norm(grid.values.T))
     np.testing.assert_allclose(np.asarray(ax.images[0].get_array()) / 255, expected, atol=1 / 254)
     assert [text.get_text() for text in ax.get_yticklabels()] == ["0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp"]
@@ -186,7 +188,7 @@ def test_a_heat_map_shows_the_recorded_value_in_each_cell():
 def test_a_heat_map_of_a_huge_run_stays_small_and_its_labels_readable():
     run = runs.prenorm(blocks=300, steps=np.arange(900), last=900)
     ax = plotting.plot_cosine_map(run, axes())
-    assert np.asarray(ax.images[0].get_array()).shape[:2] == (plot_heat.MOST_NAMES, plot_heat.MOST_STEPS)
+    assert np.asarray(ax.images[0].get_array()).shape[:2] == (heat.MOST_NAMES, heat.MOST_STEPS)
     assert 5 <= len(ax.get_yticklabels()) <= 14
     assert [text.get_text() for text in ax.get_xticklabels()][0] == "0"
 
@@ -319,7 +321,7 @@ def test_runs_of_any_depth_share_an_axis():
 
 
 def test_many_runs_are_told_apart_by_colour_and_dashes():
-    looks = [(line["color"], line["linestyle"]) for line in map(plot_compare.look, range(28))]
+    looks = [(line["color"], line["linestyle"]) for line in map(comparison.look, range(28))]
     assert len(set(looks)) == 28
 
 
@@ -366,7 +368,7 @@ def test_the_colours_of_a_page_follow_its_theme():
     svg = svg_of(runs.prenorm(blocks=2, last=8), "signal-depth")
     assert "var(--ink,#1c2430)" in svg
     assert "var(--late,#08306b)" in svg
-    fixed = set(plot_svg._COLOUR.findall(svg)) - {light for light, _ in style.THEME.values()}
+    fixed = set(_COLOUR.findall(svg)) - {light for light, _ in style.THEME.values()}
     assert fixed <= {"#000000", "#ffffff"}
 
 
@@ -388,7 +390,7 @@ def test_the_users_matplotlib_settings_do_not_reach_the_report():
 
 
 def test_pictures_are_drawn_without_pyplot():
-    code = "import sys, gradflow.gallery, gradflow.report; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, gradflow.plotting.gallery, gradflow.report; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -409,7 +411,7 @@ def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize("kind", ["pre-norm", "trunk", "empty"])
 def test_the_overview_shows_what_there_is(kind, views):
     figure = gallery.overview(views[kind], findings=runs.findings())
-    with plot_svg.quiet():
+    with quiet():
         figure.draw_without_rendering()
     panels = [ax for ax in figure.axes if ax.get_xlabel()]
     assert len(panels) == (0 if kind == "empty" else 6)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradflow
-from gradflow.depth_series import scaling
 from gradflow.errors import UsageError
+from gradflow.plotting.depth_series import scaling
 
 
 class Block(nn.Module):

@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradflow import parts, reading, store
 from gradflow.errors import GradflowError, UsageError
 from gradflow.schema import TABLES
-from gradflow.store import Run, load
-from gradflow.writer import RunWriter
+from gradflow.store import Run, load, parts, reading
+from gradflow.store.writer import RunWriter
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def large(monkeypatch, tmp_path):
                 writer.flush()
     whole = load(tmp_path)
     monkeypatch.setattr(reading, "WHOLE", 0)
-    monkeypatch.setattr(store, "WHOLE", 0)
+    monkeypatch.setattr("gradflow.store.run.WHOLE", 0)
     return load(tmp_path), whole
 
 

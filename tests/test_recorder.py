@@ -11,7 +11,7 @@ from trainings import BATCH, TOKENS, WIDTH, ResidualMLP, Transformer, same, seed
 
 import gradflow
 from gradflow.errors import UsageError
-from gradflow.options import is_sampled
+from gradflow.recorder.options import is_sampled
 
 
 def batch(number: int = 0) -> torch.Tensor:
@@ -280,7 +280,7 @@ def test_argument_that_does_not_fit_is_said_at_once(arguments, options, tmp_path
 
 
 def test_fault_in_a_loop_by_hand_stops_the_recording_alone(tmp_path, caplog, monkeypatch):
-    from gradflow import recording
+    from gradflow.recorder import recording
 
     seed()
     model = ResidualMLP()

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import runs
 
-from gradflow import gallery, readings, summary
 from gradflow.errors import RunError, UsageError
-from gradflow.grids import View
-from gradflow.report import compare, papers, render, render_comparison, report
+from gradflow.plotting import gallery
+from gradflow.report import compare, render, render_comparison, report, summary
+from gradflow.report.page import papers
+from gradflow.store import readings
+from gradflow.store.grids import View
 from gradflow.wording import number
 
 VOID = {"wbr", "meta", "br", "img", "input", "link", "hr"}

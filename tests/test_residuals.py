@@ -4,8 +4,8 @@ import pytest
 
 from gradflow.records import Call, Graph, Lineage, Node
 from gradflow.residuals import analyse
-from gradflow.roles import Roles
-from gradflow.sums import all_but_one
+from gradflow.residuals.roles import Roles
+from gradflow.residuals.sums import all_but_one
 
 WIDE, WEIGHT, GAIN = (2, 4), (4, 4), (4,)
 
@@ -200,7 +200,7 @@ def test_a_long_sum_is_one_join_and_does_not_recurse():
 
 
 def test_ways_that_are_too_many_to_follow_are_reported(monkeypatch):
-    monkeypatch.setattr("gradflow.roles._VISITS", 3)
+    monkeypatch.setattr("gradflow.residuals.roles._VISITS", 3)
     g = Sketch()
     x = g.input()
     for _ in range(4):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import runs
 
+from gradflow.cli.settings import Settings, settings, threshold_keys
 from gradflow.errors import UsageError
 from gradflow.rules import RULES, diagnose
 from gradflow.rules.registry import chosen
-from gradflow.settings import Settings, settings, threshold_keys
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_thresholds_are_put_back_after_an_error():
 
 def test_check_applies_the_settings_of_the_project_and_says_so(project, monkeypatch, capsys):
     import gradflow
-    from gradflow import commands
+    from gradflow.cli import commands
     from gradflow.records import Finding
 
     seen = {}

@@ -10,12 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import gradflow
-from gradflow import parts, storage
 from gradflow.errors import GradflowError, RunError, SchemaVersionError, UsageError
 from gradflow.metrics import DERIVED
 from gradflow.schema import SCHEMA_VERSION, TABLES
-from gradflow.store import Run, load
-from gradflow.writer import RunWriter
+from gradflow.store import Run, load, parts, storage
+from gradflow.store.writer import RunWriter
 
 META = {
     "run_id": "r1",

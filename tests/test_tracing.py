@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from traps import D, Net, mlp
 
 from gradflow.discovery import discover, find_branches
-from gradflow.operations import operation
 from gradflow.tracing import Tracer
+from gradflow.tracing.operations import operation
 
 X = torch.randn(4, D, generator=torch.Generator().manual_seed(0))
 

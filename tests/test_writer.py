@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gradflow import parts, storage
 from gradflow.errors import RunError, UsageError
 from gradflow.schema import SCHEMA_VERSION, TABLES
-from gradflow.store import load
-from gradflow.writer import FANIN, RunWriter, mergeable
+from gradflow.store import load, parts, storage
+from gradflow.store.writer import FANIN, RunWriter, mergeable
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -325,7 +324,7 @@ def test_a_file_url_is_written_as_a_local_folder(tmp_path):
 
 WRITE_FOR_EVER = """
 import sys
-from gradflow.writer import RunWriter
+from gradflow.store.writer import RunWriter
 writer = RunWriter(sys.argv[1])
 writer.write_meta({"run_id": "killed"})
 names = [f"h.{i}" for i in range(200)]
@@ -376,7 +375,7 @@ def test_what_was_flushed_survives_kill_9_and_a_reader_beside_the_writer(tmp_pat
 MERGE_AND_MEASURE = """
 import sys
 import pyarrow as pa
-from gradflow.writer import RunWriter
+from gradflow.store.writer import RunWriter
 with RunWriter(sys.argv[1]) as writer:
     writer.append("branches", {"step": [10**9], "branch": ["b"]})
 print(pa.default_memory_pool().max_memory())

@@ -69,7 +69,7 @@ class Rule:
         criterion: When it fires, in words.
         thresholds: The numbers it compares with.
         source: Where the effect is described.
-        picture: Key of the picture in `gradflow.gallery` that shows it best.
+        picture: Key of the picture in `gradflow.plotting.gallery` that shows it best.
         check: From the view of a run (up to its first non-finite step) to findings.
     """
 

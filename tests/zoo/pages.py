@@ -13,10 +13,11 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from gradflow import gallery, handbook, plot_style
-from gradflow.grids import View
-from gradflow.plot_svg import quiet
+from gradflow.cli import handbook
+from gradflow.plotting import gallery, style
+from gradflow.plotting.svg import quiet
 from gradflow.rules import RULES
+from gradflow.store.grids import View
 from zoo import judging
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -33,7 +34,7 @@ def twins(picture, sick, sound, findings, *, titles) -> Figure:
     on_one_scale(axes)
     figure.draw_without_rendering()
     for ax, title in zip(axes, titles, strict=True):
-        figure.text(ax.get_position().x0, 0.99, title, va="top", fontsize=10, color=plot_style.INK)
+        figure.text(ax.get_position().x0, 0.99, title, va="top", fontsize=10, color=style.INK)
     return figure
 
 
@@ -47,7 +48,7 @@ def on_one_scale(axes):
     low, high = zip(*(ax.get_ylim() for ax in axes), strict=True)
     for ax in axes:
         if ax.get_yscale() == "log":
-            plot_style.log_axis(ax.yaxis, [min(low), max(high)])
+            style.log_axis(ax.yaxis, [min(low), max(high)])
         else:
             ax.set_ylim(min(low), max(high))
 
@@ -67,7 +68,7 @@ def main(codes):
     for name, text in handbook.pages().items():
         (DOCS / name).write_text(text, "utf-8")
     for code in codes or RULES:
-        with matplotlib.style.context(["default", plot_style.SETTINGS]), quiet():
+        with matplotlib.style.context(["default", style.SETTINGS]), quiet():
             draw(code).savefig(DOCS / "findings" / f"{code}.svg", metadata={"Date": None}, facecolor="white")
         print(code, flush=True)
 

@@ -1,0 +1,149 @@
+"""Measures leaf modules with parameters, and activation functions, in a running pass: outputs and their gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from gradflow import statistics
+from gradflow.recorder.measurable import measurable
+from gradflow.records import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradflow.recorder.buffer import Buffer
+    from gradflow.recorder.hooks import Hooks
+    from gradflow.statistics import Number
+
+ACTIVATIONS = frozenset({
+    "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh", "sigmoid",
+    "softplus", "hardtanh", "hardsigmoid", "hardswish", "softsign", "logsigmoid",
+    "log_sigmoid", "glu", "threshold", "tanhshrink",
+    "softshrink", "hardshrink", "special_expit", "clamp", "clamp_min",
+})  # fmt: skip
+"""Functions that are activations, by canonical name; a module without parameters that calls one is one too."""
+_BOUNDED_BELOW = {"clamp": "min", "clamp_min": "min"}
+"""Functions that are an activation where they cut at zero."""
+
+
+def is_activation(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is an activation function: one of `ACTIVATIONS`, and if it clamps, at zero from below."""
+    if op not in _BOUNDED_BELOW:
+        return op in ACTIVATIONS
+    low = args[1] if len(args) > 1 else kwargs.get("min")
+    return isinstance(low, (int, float)) and low == 0
+
+
+@dataclass(slots=True)
+class _Running:
+    """A module's forward that is running."""
+
+    path: str
+    module: nn.Module
+    grad: bool
+    plain: bool
+    has_calls: bool = False
+    has_activation: bool = False
+
+
+class LayerTaps:
+    """The layers of one sampled step. Names count occurrences within a pass, passes without gradient by themselves."""
+
+    def __init__(self, buffer: Buffer, hooks: Hooks) -> None:
+        self._buffer = buffer
+        self._hooks = hooks
+        self._running: dict[int, _Running] = {}
+        self._stack: list[int] = []
+        self._seen: Counter[tuple[str, bool]] = Counter()
+        self._live: dict[str, Tensor] = {}
+        self.layers: dict[str, Layer] = {}
+
+    def new_pass(self) -> None:
+        """Occurrences count from 0 again."""
+        self._seen.clear()
+        self._running.clear()
+        self._stack.clear()
+
+    def entered(self, call: int, path: str, module: nn.Module, *, grad: bool) -> None:
+        """Note that a module's forward begins."""
+        if self._stack:
+            self._running[self._stack[-1]].has_calls = True
+        learned = next(module.parameters(), None) is not None and not isinstance(module, nn.PReLU)
+        plain = next(module.children(), None) is None and not learned
+        self._running[call] = _Running(path, module, grad, plain)
+        self._stack.append(call)
+
+    def activation(self, op: str, scope: str, call: int, out: Tensor, channel_dim: int, *, grad: bool) -> None:
+        """Measure the result of an activation function, unless the module that calls it is one and will be measured."""
+        running = self._running.get(call)
+        if running is not None and running.plain:
+            running.has_activation = True
+            return
+        layer = Layer(f"{scope}.{op}" if scope else op, scope, op, 0, 0)
+        self._measure(layer, out, channel_dim, activation=True, grad=grad)
+
+    def exited(self, call: int, out: Tensor | None, channel_dim: int) -> Number | None:
+        """Measure the output of a module's forward that has ended, if it is a leaf; Σ y² if it was measured."""
+        running = self._running.pop(call, None)
+        if running is None:
+            return None
+        while self._stack and self._stack[-1] != call:  # an exception jumped out of forwards inside
+            self._running.pop(self._stack.pop(), None)
+        if self._stack:
+            self._stack.pop()
+        if out is None or running.has_calls or not (out.is_floating_point() or out.is_complex()):
+            return None
+        kind = type(running.module).__name__
+        leaf = next(running.module.parameters(), None) is not None
+        if leaf or running.has_activation:
+            layer = Layer(running.path or kind, running.path, kind, 0, 0)
+            return self._measure(layer, out, channel_dim, activation=running.has_activation, grad=running.grad)
+        return None
+
+    def _named(self, layer: Layer, *, grad: bool) -> str:
+        """Name of this occurrence, entered into the list of layers."""
+        occurrence = self._seen[layer.name, grad]
+        self._seen[layer.name, grad] += 1
+        name = f"{layer.name}@{occurrence}" if occurrence else layer.name
+        name = name if grad else f"{name}@nograd"
+        if name not in self.layers:
+            self.layers[name] = replace(layer, name=name, occurrence=occurrence, depth=len(self.layers))
+        return name
+
+    def _measure(
+        self, layer: Layer, result: Tensor, channel_dim: int, *, activation: bool, grad: bool
+    ) -> Number | None:
+        out = measurable(result)
+        if out is None:
+            return None
+        name = self._named(layer, grad=grad)
+        found = statistics.measure(out, ("total", "square", "largest", "zeros", "nonfinite"))
+        values: dict[str, Number | None] = {
+            "n": float(out.numel()), "out_sum": found["total"], "out_sq": found["square"], "out_max": found["largest"],
+            "zeros": found["zeros"], "nonfinite": found["nonfinite"],
+        }  # fmt: skip
+        if activation:
+            values["saturated"] = statistics.count_saturated(out, layer.kind.lower())
+            live = statistics.live_units(out, channel_dim, found["zeros"]) if out.dim() and out.numel() else None
+            if live is not None:
+                old = self._live.get(name)
+                self._live[name] = live if old is None or old.shape != live.shape else old | live
+        self._buffer.put("layers", name, values)
+        if result.grad_fn is not None:
+            self._hooks.gradient((result.grad_fn, result.output_nr), lambda gradient: self._gradient(name, gradient))
+        return found["square"]
+
+    def _gradient(self, name: str, gradient: Tensor) -> None:
+        found = self._hooks.measure(gradient, "square", "zeros")
+        self._buffer.put("layers", name, {"grad_out_sq": found["square"], "grad_zeros": found["zeros"]})
+
+    def finish(self) -> None:
+        """Count the units that were zero on every position of the whole step."""
+        for name, live in self._live.items():
+            dead = (~live).sum()
+            self._buffer.put("layers", name, {"units": float(live.numel()), "dead_units": dead})
+        self._live.clear()

@@ -1,0 +1,113 @@
+"""Measures parameters over one optimizer step: weights before it, gradients before clipping, the update it makes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from gradflow import statistics
+from gradflow.recorder.measurable import measurable
+from gradflow.tracing.modules import names_by_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterable
+
+    from torch import Tensor
+
+    from gradflow.recorder.buffer import Buffer
+
+
+_COLUMNS = {"square": "grad_sq", "largest": "grad_max", "zeros": "grad_zeros", "nonfinite": "nonfinite"}
+
+
+def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, the first name for a shared one, without the segments that wrappers add."""
+    names = names_by_identity(model)
+    return {names[id(parameter)][0]: parameter for parameter in model.parameters()}
+
+
+class ParameterTaps:
+    """The parameters of one sampled step. Weights are copied at its start (for `updates`): their memory once more.
+
+    With `norm_only` nothing but Σ g² is measured, which the global norm is made of.
+    """
+
+    def __init__(
+        self, model: nn.Module, buffer: Buffer, *, updates: bool = True,
+        owned: Callable[[nn.Parameter], bool] = lambda _: True, norm_only: bool = False,
+    ) -> None:  # fmt: skip
+        self._buffer = buffer
+        self._updates = updates
+        self._wanted = ("square",) if norm_only else ("square", "largest", "zeros", "nonfinite")
+        self._parameters = {n: p for n, p in parameter_names(model).items() if not nn.parameter.is_lazy(p) and owned(p)}
+        self._before: dict[str, Tensor] = {}
+        self._gradients: dict[str, dict[str, Tensor | float | None]] = {}
+        self._by_id = {id(p): n for n, p in self._parameters.items()}
+
+    def start(self) -> None:
+        """Measure and keep the weights."""
+        if len(self._wanted) == 1:
+            return
+        for name, parameter in self._parameters.items():
+            weight = measurable(parameter.detach())
+            if weight is None:
+                continue
+            if self._updates and parameter.requires_grad:
+                weight = self._before[name] = weight.clone()
+            self._buffer.put(
+                "parameters", name, {"n": float(weight.numel()), "weight_sq": statistics.sum_squares(weight)}
+            )
+
+    def names(self, of: Iterable[Tensor]) -> set[str]:
+        """Names of those among some tensors that are parameters measured here."""
+        return {self._by_id[id(p)] for p in of if id(p) in self._by_id}
+
+    def of(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """The parameters of these names."""
+        return [self._parameters[name] for name in names]
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """Names of the parameters whose gradient has been measured."""
+        return frozenset(self._gradients)
+
+    def cleared(self) -> bool:
+        """Whether no parameter holds a gradient: a backward pass starts from nothing."""
+        return all(parameter.grad is None for parameter in self._parameters.values())
+
+    def gradients(self, of: Iterable[Tensor] | None = None, *, besides: Container[str] = ()) -> set[str]:
+        """Measure the gradients as they stand, of all parameters or of some; later calls replace earlier ones.
+
+        The names of those measured.
+        """
+        names = self._parameters if of is None else self.names(of)
+        measured = set()
+        for name in names:
+            gradient = self._parameters[name].grad
+            visible = None if gradient is None or name in besides else _visible(gradient)
+            if visible is not None:
+                self._gradients[name] = _measured(visible, self._wanted)
+                measured.add(name)
+        return measured
+
+    def finish(self) -> None:
+        """Measure the updates, now that the optimizer has stepped."""
+        for name, values in self._gradients.items():
+            self._buffer.put("parameters", name, values)
+        for name, before in self._before.items():
+            weight = measurable(self._parameters[name].detach())
+            if weight is not None and weight.shape == before.shape:
+                moved = statistics.sum_squared_differences(before, weight)
+                self._buffer.put("parameters", name, {"update_sq": moved})
+        self._before.clear()
+
+
+def _visible(gradient: Tensor) -> Tensor | None:
+    """A gradient that can be measured: a dense one that hides nothing, or a sparse one with each row once."""
+    return gradient.coalesce() if gradient.layout == torch.sparse_coo else measurable(gradient.detach())
+
+
+def _measured(gradient: Tensor, wanted: tuple[str, ...]) -> dict[str, Tensor | float | None]:
+    return {_COLUMNS[name]: value for name, value in statistics.measure(gradient, wanted).items()}

@@ -1,0 +1,5 @@
+"""One forward pass -> graph of operations."""
+
+from gradflow.tracing.tracer import Tracer
+
+__all__ = ["Tracer"]

@@ -1,0 +1,289 @@
+"""One forward pass -> graph of operations: a `TorchFunctionMode` that turns every operation into a `Node`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gradflow.records import Graph, Node
+from gradflow.tracing.attachment import Attachment
+from gradflow.tracing.frames import Frames
+from gradflow.tracing.modules import survey, tensors_in
+from gradflow.tracing.operations import Operation, operation
+from gradflow.tracing.register import Register
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from types import TracebackType
+
+    from torch import nn
+
+    from gradflow.tracing.observation import Observer
+
+_DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute", "getitem", "narrow", "select"})
+_BACKWARD = frozenset({"backward", "grad"})
+_current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+_Pending = tuple[Operation, tuple[int, ...], "tuple[_Args, _Kwargs, Any] | None"]
+
+
+class Tracer(TorchFunctionMode):
+    """The mode that traces a pass (or several: teacher, siamese, loss) of `model` while it is open.
+
+    `take()` hands out the graph and begins a new pass; `clear()` begins one without building the graph. Operations
+    outside every submodule's forward have scope `""` and call -1. Operations and module calls inside a backward pass
+    (recomputation, custom backwards) are ignored. Hooks are per module and gone when the mode closes.
+    """
+
+    def __init__(self, model: nn.Module, observer: Observer | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.observer = observer
+        self._watches = observer.watches if observer is not None else frozenset()
+        self._attachment = Attachment(self, self._enter_call, self._exit_call, aside=observer is not None)
+        self._failed = False
+        self.when_outermost_ends: Callable[[], None] | None = None
+        self.recomputes = False  # whether to trace inside a backward pass, which is otherwise left out
+        self._names: dict[int, tuple[str, bool]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the pass so far, and with it every reference to autograd nodes."""
+        self._register = Register(self._names)
+        self._frames = Frames(self._register)
+
+    # ---------------------------------------------------------------- opening and closing
+
+    def __enter__(self) -> Tracer:  # noqa: PYI034
+        paths, names = survey(self.model)
+        self._names = self._register.names = names
+        self._attachment.open(paths)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._attachment.close()
+        self._frames.leave(0)
+
+    def _fault(self, error: Exception) -> None:
+        """Our own bookkeeping failed: whoever observes a training hears of it, and the training goes on."""
+        if self.observer is None:
+            raise error
+        self._failed = True
+        self.clear()
+        self.observer.fault(error)
+
+    # ---------------------------------------------------------------- what the trace knows
+
+    @property
+    def depth(self) -> int:
+        """Module forwards that are running."""
+        return len(self._frames)
+
+    def take(self) -> Graph:
+        """Graph of the pass so far; the tracer begins a new pass."""
+        register = self._register
+        graph = Graph(register[:], self._frames.calls(), tuple(register.problems))
+        self.clear()
+        return graph
+
+    def fingerprint(self) -> int:
+        """Hash of the pass so far: equal for passes with the same operations, parents and scopes."""
+        return self._register.fingerprint()
+
+    def node_of(self, tensor: Tensor) -> int | None:
+        """Node of a tensor that the trace has seen, None otherwise."""
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            return self._register.node_of(tensor)
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """The nodes of the pass so far, made on demand."""
+        return self._register
+
+    @property
+    def edges(self) -> dict[int, tuple[Any, int]]:
+        """`edge` of every node that has one; the dictionary stays valid after `take()`."""
+        return self._register.edges
+
+    _nodes, _edges = nodes, edges
+
+    def edge(self, node: int) -> tuple[Any, int] | None:
+        """Autograd node and output number of a traced tensor, None if autograd does not follow it.
+
+        Captured when the node was made, so that an in-place operation later does not change it; valid until `take()`.
+        """
+        return self._register.edges.get(node)
+
+    # ---------------------------------------------------------------- module calls
+
+    def _enter_call(self, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
+        if self._failed or (_current_backward() != -1 and not self.recomputes):
+            return
+        try:
+            with torch._C.DisableTorchFunction():  # noqa: SLF001
+                call = self._frames.begin(path, module, args, kwargs)
+            if self.observer is not None:
+                self.observer.entered(call, path, module, args, kwargs)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the model's forward goes on)
+            self._fault(error)
+
+    def _exit_call(self, path: str, module: nn.Module, output: Any) -> None:
+        if self._failed or (_current_backward() != -1 and not self.recomputes):
+            return
+        place = self._frames.running(path)
+        if place is None:  # the mode was opened, or the pass taken, inside this forward
+            return
+        try:
+            if self.observer is not None:
+                self.observer.exited(self._frames.call_at(place), path, module, output)
+            with torch._C.DisableTorchFunction():  # noqa: SLF001
+                self._frames.end(place, module, output)
+            if not place and self.when_outermost_ends is not None:
+                self.when_outermost_ends()
+        except Exception as error:  # noqa: BLE001
+            self._fault(error)
+
+    # ---------------------------------------------------------------- operations
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: _Args = (), kwargs: _Kwargs | None = None
+    ) -> Any:
+        """Run one operation and put it into the graph (runs at every operation)."""
+        kwargs = kwargs or {}
+        what = operation(func)
+        if what.unseen or self._failed or (_current_backward() != -1 and not self.recomputes):
+            return func(*args, **kwargs)
+        if what.name in self._watches or what.name in _BACKWARD:
+            return self._observed(what, func, args, kwargs)
+        try:
+            parents = () if what.factory else self._parents(what, args, kwargs)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the model's operation runs)
+            self._fault(error)
+        out = func(*args, **kwargs)  # once, whatever happens to us; what it raises is the model's own
+        if self._failed:
+            return out
+        try:
+            self._record(what, parents, args, kwargs, out)
+        except Exception as error:  # noqa: BLE001
+            self._fault(error)
+        return out
+
+    def _observed(self, what: Operation, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+        """Run an operation that the observer wants to know of."""
+        pending = self._before(what, func, args, kwargs)
+        out = func(*args, **kwargs)
+        if pending is not None:
+            self._after(pending, func, args, kwargs, out)
+        return out
+
+    def _before(self, what: Operation, func: Any, args: _Args, kwargs: _Kwargs) -> _Pending | None:
+        """What must be known before an observed operation runs; None if we failed."""
+        try:
+            if what.name in _BACKWARD:
+                if self.observer is not None:
+                    self.observer.backward(what.name, args)
+                return what, (), None
+            parents = () if what.factory else self._parents(what, args, kwargs)
+            if what.name not in self._watches or self.observer is None:
+                return what, parents, None
+            node_of = self._register.node_of
+            ordered, rest = _ordered(what, args, kwargs)
+            operands = tuple(node_of(value) if isinstance(value, Tensor) else None for value in ordered)
+            token = self.observer.before(what.name, func, ordered, rest, operands)
+        except Exception as error:  # noqa: BLE001
+            self._fault(error)
+            return None
+        return what, parents, (ordered, rest, token)
+
+    def _after(self, pending: _Pending, func: Any, args: _Args, kwargs: _Kwargs, out: Any) -> None:
+        """Put an operation that has run into the graph."""
+        what, parents, watched = pending
+        try:
+            if what.name in _BACKWARD:
+                if self.observer is not None:
+                    self.observer.backward_done(what.name)
+                return
+            node = self._record(what, parents, args, kwargs, out)
+            if watched is not None and node is not None and self.observer is not None:
+                ordered, rest, token = watched
+                first = out if isinstance(out, Tensor) else tensors_in(out, 1)[0]
+                self.observer.after(node, what.name, func, ordered, rest, first, token)
+        except Exception as error:  # noqa: BLE001
+            self._fault(error)
+
+    def _parents(self, what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[int, ...]:
+        """Nodes of the tensors among an operation's arguments."""
+        register = self._register
+        entries = register.entries
+        parents = []
+        for value in args:
+            if isinstance(value, Tensor):
+                entry = entries.get(id(value))
+                known = entry is not None and entry[0]() is value and entry[3] and not register.overwrites
+                parents.append(entry[1] if known and entry is not None else register.node_for(value))
+            elif isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+                parents += [register.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
+        for key, value in kwargs.items():
+            if key != "out" and isinstance(value, (Tensor, tuple, list)):
+                parents += [register.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
+        if what.reflected:
+            parents.reverse()
+        return tuple(parents[:1] if what.first_only else parents)
+
+    def _record(self, what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs, out: Any) -> int | None:
+        """Put an operation's result into the graph; the node of its (first) tensor."""
+        register = self._register
+        if isinstance(out, Tensor):
+            inplace = what.inplace
+            if not inplace and id(out) in register.entries:
+                if register.handed_on(out):
+                    return None  # `contiguous()`, `to()` of what is so already
+                inplace = "out" in kwargs or any(value is out for value in args)  # `F.relu(x, inplace=True)`, `out=`
+            if what.factory:
+                return register.add(out, "constant", (), {"factory": what.name})
+            detail = _detail(what.name, parents, args, kwargs) if what.name in _DETAILED else {}
+            return register.add(out, what.name, parents, detail, inplace=inplace)
+        if isinstance(out, (tuple, list)):
+            tensors = [tensor for tensor in out if isinstance(tensor, Tensor)]
+            nodes = [
+                register.add(
+                    tensor, what.name, parents, {"output": position, "outputs": len(tensors)}, inplace=what.inplace
+                )
+                for position, tensor in enumerate(tensors)
+            ]
+            return nodes[0] if nodes else None
+        if out is None and what.inplace and args and isinstance(args[0], Tensor):  # `x[i] = y`
+            register.add(args[0], what.name, parents, {}, inplace=True)
+        return None
+
+
+def _ordered(what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
+    """Arguments in the operation's own order: operands given by keyword or in reflected order put right."""
+    if what.reflected:
+        return tuple(reversed(args)), kwargs
+    if "input" in kwargs or "other" in kwargs:
+        given = [kwargs[key] for key in ("input", "other") if key in kwargs]
+        return (*args, *given), {key: value for key, value in kwargs.items() if key not in {"input", "other"}}
+    return args, kwargs
+
+
+def _detail(name: str, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs) -> dict[str, Any]:
+    """What the analysis needs beside the tensors: the axes moved, a sum's factor or number, a power."""
+    if name in {"transpose", "permute"}:
+        axes = args[1:] or tuple(kwargs.values())
+        return {"axes": axes[0] if axes and isinstance(axes[0], (tuple, list)) else axes}
+    if name in {"getitem", "narrow", "select"}:
+        return {"index": repr(args[1:])} if len(parents) == 1 else {}
+    alpha = kwargs.get("alpha", 1)
+    detail: dict[str, Any] = {} if isinstance(alpha, Tensor) or alpha == 1 else {"alpha": alpha}
+    if len(parents) == 1:
+        numbers = [value for value in args if isinstance(value, (int, float))]
+        if numbers:
+            detail["scalar"] = numbers[-1]
+    return detail
