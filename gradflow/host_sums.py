@@ -37,8 +37,10 @@ _SMALL = 1e-30
 """A float32 sum below may have lost products that float32 cannot hold; it is computed again in float64."""
 _ONES = {dtype: np.ones(ROW, dtype) for dtype in (np.dtype(np.float32), np.dtype(np.float64))}
 _own = threading.local()
+_quiet = np.errstate(all="ignore")  # training that diverges overflows: the figures say so, not warnings
 
 
+@_quiet
 def measure(flat: Tensor, wanted: Collection[str]) -> dict[str, float]:
     """`statistics.measure` of a tensor of one axis, without `nonfinite`."""
     found = dict.fromkeys(wanted, 0.0)
@@ -69,6 +71,7 @@ def pieces(flat: Tensor) -> Iterator[Values]:
         yield room[: part.numel()].copy_(part).numpy()
 
 
+@_quiet
 def dot(x: Values, y: Values) -> float:
     """Σ x·y of two pieces of one length."""
     if x.dtype != y.dtype:
@@ -85,12 +88,14 @@ def _dot(x: Values, y: Values) -> float:
     return float(rows.sum(dtype=np.float64)) + float(np.dot(x[cut:], y[cut:]))
 
 
+@_quiet
 def difference(x: Values, y: Values) -> Values:
     """Differences x − y of two pieces of one dtype, valid until others are asked for."""
     room: Values = _scratch(torch.from_numpy(x[:0]).dtype).numpy()
     return np.subtract(x, y, out=room[: x.size])
 
 
+@_quiet
 def beyond(flat: Tensor, centre: float, distance: float) -> int:
     """Number of elements farther than `distance` from `centre`. NaN is not."""
     return sum(int(np.count_nonzero(np.abs(piece - centre) > distance)) for piece in pieces(flat))

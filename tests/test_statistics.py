@@ -171,3 +171,16 @@ def test_an_accelerator_takes_whole_tensors_and_finds_the_same():
         wanted = expected(x)
         for name, value in found.items():
             assert float(value) == pytest.approx(wanted[name], rel=2e-6, abs=1e-3), (name, x.shape)
+
+
+@pytest.mark.parametrize("value", [3e38, 1e30, math.inf, math.nan, 1e-30])
+def test_numbers_at_the_ends_of_float32_warn_nobody_and_are_summed_where_float64_can(value):
+    x = torch.full((5_000,), value)
+    found = s.measure(x, NAMES)
+    exact = float(x[0].double())
+    assert float(found["square"]) == pytest.approx(5_000 * exact**2, rel=1e-9, nan_ok=True)
+    assert float(found["largest"]) == pytest.approx(exact, nan_ok=True)
+    assert float(s.dot(x, -x)) == pytest.approx(-5_000 * exact**2, rel=1e-9, nan_ok=True)
+    assert float(s.sum_squared_differences(x, x / 2)) == pytest.approx(
+        5_000 * (exact - exact / 2) ** 2, rel=1e-6, nan_ok=True
+    )
