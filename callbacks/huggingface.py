@@ -42,6 +42,7 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
         tables: `"all"` or the names of the tables to record.
         on_finding: `"ignore"`, `"warn"`, `"stop"` (end training cleanly at an error), or a callable.
         report: Write `report.html` into the run's directory when training ends.
+        nan_guard: Watch every step for NaN and infinity, not only sampled ones; README, Cost, has its price.
         strict: Raise on a fault of gradflow instead of switching recording off (for tests).
 
     Example:
@@ -52,7 +53,7 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
     def __init__(
         self, dirpath: str | Path | None = None, *, every_n_steps: int = 50, rows: int = 256,
         tables: Literal["all"] | Iterable[str] = "all", on_finding: Reaction | Callable[[Finding], object] = "warn",
-        report: bool = True, strict: bool = False,
+        report: bool = True, nan_guard: bool = False, strict: bool = False,
     ) -> None:  # fmt: skip
         checked("GradientFlowCallback", every_n_steps=every_n_steps, rows=rows)
         self.dirpath = dirpath
@@ -60,6 +61,7 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
         self.rows = rows
         self.tables = tables if tables == "all" else tuple(sorted(chosen_tables(tables)))
         self.report = report
+        self.nan_guard = nan_guard
         self.strict = strict
         self._watch = Watch(on_finding)
         self._recorder: Recorder | None = None
@@ -111,7 +113,7 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
         if recorder is None:
             return
         recorder.end()
-        if state.is_world_process_zero and self._watch.due(recorder.written):
+        if state.is_world_process_zero and self._watch.due(recorder.written, recorder.alarms):
             stop = self._guarded(lambda: self._watch.react(recorder.run))
             control.should_training_stop = control.should_training_stop or (bool(stop) and args.world_size == 1)
         live = self._live
@@ -140,7 +142,8 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
         optimizer = given.get("optimizer")
         return Recorder(
             given["model"], getattr(optimizer, "optimizer", optimizer), directory, every_n_steps=self.every_n_steps,
-            rows=self.rows, tables=self.tables, strict=self.strict, rank=args.process_index, claim=False, run_id=run_id,
+            rows=self.rows, tables=self.tables, nan_guard=self.nan_guard, strict=self.strict,
+            rank=args.process_index, claim=False, run_id=run_id,
             info={"world_size": args.world_size, "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "32"},
         )  # fmt: skip
 

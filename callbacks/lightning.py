@@ -71,6 +71,7 @@ class GradientFlowMonitor(_Callback):
         report: Write `report.html` into the run's directory: at the end, and before it as often as it takes no more
             than a hundredth of the training time.
         log: Send summary figures to the trainer's loggers, and the overview of pictures to those that take images.
+        nan_guard: Watch every step for NaN and infinity, not only sampled ones; README, Cost, has its price.
         strict: Raise on a fault of gradflow instead of switching recording off (for tests).
 
     Raises:
@@ -84,7 +85,7 @@ class GradientFlowMonitor(_Callback):
     def __init__(
         self, dirpath: str | Path | None = None, *, every_n_steps: int = 50, rows: int = 256,
         tables: Literal["all"] | Iterable[str] = "all", on_finding: Reaction | Callable[[Finding], object] = "warn",
-        report: bool = True, log: bool = True, strict: bool = False,
+        report: bool = True, log: bool = True, nan_guard: bool = False, strict: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         checked("GradientFlowMonitor", every_n_steps=every_n_steps, rows=rows)
@@ -94,6 +95,7 @@ class GradientFlowMonitor(_Callback):
         self.tables = tables if tables == "all" else tuple(sorted(chosen_tables(tables)))
         self.report = report
         self.log = log
+        self.nan_guard = nan_guard
         self.strict = strict
         self._watch = Watch(on_finding)
         self._recorder: Recorder | None = None
@@ -265,14 +267,15 @@ class GradientFlowMonitor(_Callback):
             raise RunError(problem)
         return Recorder(
             pl_module, trainer.optimizers, directory, every_n_steps=self.every_n_steps, rows=self.rows,
-            tables=self.tables, strict=self.strict, rank=trainer.global_rank, claim=False, run_id=run_id,
+            tables=self.tables, nan_guard=self.nan_guard, strict=self.strict,
+            rank=trainer.global_rank, claim=False, run_id=run_id,
             info={"world_size": trainer.world_size, "precision": str(trainer.precision)},
         )  # fmt: skip
 
     def _judge(self, trainer: Trainer) -> None:
         """Look for findings while training goes on, ever more rarely, on rank 0."""
         recorder = self._recorder
-        if recorder is None or not trainer.is_global_zero or not self._watch.due(recorder.written):
+        if recorder is None or not trainer.is_global_zero or not self._watch.due(recorder.written, recorder.alarms):
             return
         self._stop = bool(self._guarded(lambda: self._watch.react(recorder.run))) or self._stop
         if self._stop and trainer.world_size == 1:

@@ -74,14 +74,18 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     """Several statistics of one tensor in one pass over it.
 
     `wanted` holds names among `total` (Σ x), `square` (Σ x²), `largest` (max |x|; NaN if there is one), `zeros`
-    (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite; it brings `largest` along).
+    (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite; it brings `largest` along where
+    there is no `square`).
     """
     flat = _flat(_real(x))
-    names = [*wanted, "largest"] if "nonfinite" in wanted and "largest" not in wanted else list(wanted)
+    on_host = flat.device.type == "cpu"
+    names = [name for name in wanted if name != "nonfinite"]
+    if "nonfinite" in wanted and not {"largest", "square"} & set(wanted):
+        names.append("largest")
     found: dict[str, Number] = {}
-    found.update(host_sums.measure(flat, names) if flat.device.type == "cpu" else _on_device(flat, names))
-    if "nonfinite" in found:
-        found["nonfinite"] = count_nonfinite(x, found["largest"])
+    found.update(host_sums.measure(flat, names) if on_host else _on_device(flat, names))
+    if "nonfinite" in wanted:
+        found["nonfinite"] = count_nonfinite(x, found["largest"] if "largest" in found else found["square"])
     if "zeros" in found and x.is_sparse:
         found["zeros"] = found["zeros"] + (x.numel() - flat.numel())
     return found
@@ -159,9 +163,9 @@ def count_zeros(x: Tensor) -> Number:
     return measure(x, ("zeros",))["zeros"]
 
 
-def count_nonfinite(x: Tensor, largest: Number | None = None) -> Number:
-    """Number of NaN and infinite elements. `largest`, max |x| if it is known, spares a CPU the count when finite."""
-    if isinstance(largest, float) and math.isfinite(largest):
+def count_nonfinite(x: Tensor, known: Number | None = None) -> Number:
+    """Number of NaN and infinite elements. `known`, max |x| or Σ x², spares a CPU the count when finite."""
+    if isinstance(known, float) and math.isfinite(known):
         return 0.0
     x = wide(x)
     count = torch.count_nonzero(x * 0)  # 0·x is NaN, hence not zero, exactly where x is not finite

@@ -31,9 +31,13 @@ class Watch:
         self.reaction = reaction
         self._told: dict[tuple[str, str], int] = {}
         self._judged_at = 0
+        self._alarms = 0
 
-    def due(self, sampled: int) -> bool:
-        """Whether enough sampled steps have been written since the run was last judged."""
+    def due(self, sampled: int, alarms: int = 0) -> bool:
+        """Whether enough sampled steps have been written since the run was last judged, or the guard saw a NaN."""
+        if alarms > self._alarms and self.reaction != "ignore":
+            self._alarms = alarms
+            return True
         return self.reaction != "ignore" and sampled >= max(8, self._judged_at * _GROWTH) and sampled > self._judged_at
 
     def judge(self, run: Run) -> list[Finding]:

@@ -51,9 +51,13 @@ class _Running:
 
 
 class LayerTaps:
-    """The layers of one sampled step. Names count occurrences within a pass, passes without gradient by themselves."""
+    """The layers of one sampled step. Names count occurrences within a pass, passes without gradient by themselves.
 
-    def __init__(self, buffer: Buffer, hooks: Hooks) -> None:
+    With `guard` only sums of squares are measured, and the non-finite elements counted where those are not finite.
+    """
+
+    def __init__(self, buffer: Buffer, hooks: Hooks, *, guard: bool = False) -> None:
+        self._guard = guard
         self._buffer = buffer
         self._hooks = hooks
         self._running: dict[int, _Running] = {}
@@ -121,6 +125,21 @@ class LayerTaps:
         if out is None:
             return None
         name = self._named(layer, grad=grad)
+        values: dict[str, Number | None]
+        if self._guard:
+            found = statistics.measure(out, ("square", "nonfinite"))
+            values = {"n": float(out.numel()), "out_sq": found["square"], "nonfinite": found["nonfinite"]}
+        else:
+            values = self._full(layer, name, out, channel_dim, activation=activation)
+        self._buffer.put("layers", name, values)
+        if result.grad_fn is not None:
+            self._hooks.gradient((result.grad_fn, result.output_nr), lambda gradient: self._gradient(name, gradient))
+        return values["out_sq"]
+
+    def _full(
+        self, layer: Layer, name: str, out: Tensor, channel_dim: int, *, activation: bool
+    ) -> dict[str, Number | None]:
+        """All forward columns."""
         found = statistics.measure(out, ("total", "square", "largest", "zeros", "nonfinite"))
         values: dict[str, Number | None] = {
             "n": float(out.numel()), "out_sum": found["total"], "out_sq": found["square"], "out_max": found["largest"],
@@ -132,12 +151,12 @@ class LayerTaps:
             if live is not None:
                 old = self._live.get(name)
                 self._live[name] = live if old is None or old.shape != live.shape else old | live
-        self._buffer.put("layers", name, values)
-        if result.grad_fn is not None:
-            self._hooks.gradient((result.grad_fn, result.output_nr), lambda gradient: self._gradient(name, gradient))
-        return found["square"]
+        return values
 
     def _gradient(self, name: str, gradient: Tensor) -> None:
+        if self._guard:
+            self._buffer.put("layers", name, {"grad_out_sq": self._hooks.square(gradient)})
+            return
         found = self._hooks.measure(gradient, "square", "zeros")
         self._buffer.put("layers", name, {"grad_out_sq": found["square"], "grad_zeros": found["zeros"]})
 

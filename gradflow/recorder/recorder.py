@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from gradflow.errors import GradflowError, UsageError
 from gradflow.headline import headline
 from gradflow.recorder.description import Description
+from gradflow.recorder.guard import TABLES as GUARDED
+from gradflow.recorder.guard import Guard
 from gradflow.recorder.options import absolute, chosen_tables, is_sampled, listed, positive
 from gradflow.recorder.plans import Plans
 from gradflow.recorder.recording import Finished, StepInProgress
@@ -65,6 +67,9 @@ class Recorder:
         rows: Positions in the fixed sample that geometry and ledgers are computed on.
         tables: `"all"`, or the names of the tables to record.
         scaler: The `torch.amp.GradScaler` in use, so that its scale can be divided out.
+        nan_guard: Watch the steps between sampled ones too, for NaN and infinity alone: the first step with any is
+            recorded, so that the finding names its layer and direction exactly. README, Cost, has its price; compiled
+            models run eagerly meanwhile.
         strict: Raise on a fault of ours instead of switching recording off.
         info: What `run.json` should say besides (`precision`, `world_size`, ...).
 
@@ -78,6 +83,7 @@ class Recorder:
         dirpath: str | os.PathLike[str] | None = None, *, every_n_steps: int = 50, rows: int = 256,
         tables: Literal["all"] | Iterable[str] = "all", scaler: Any = None, strict: bool = False, rank: int = 0,
         claim: bool = True, run_id: str | None = None, info: dict[str, Any] | None = None,
+        nan_guard: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model that is trained")
@@ -93,6 +99,7 @@ class Recorder:
         self.written = 0
         self.on_rows: Callable[[int, dict[str, float]], None] | None = None
         self.stopped: dict[str, Any] | None = None
+        self._guard = Guard() if nan_guard else None
         path = "gradflow" if dirpath is None else dirpath
         self.dirpath = new_directory(absolute(path)) if claim else absolute(path)
         self.description = Description(run_id or uuid4().hex, _config(self), dict(info or {}))
@@ -146,12 +153,14 @@ class Recorder:
         `again` says that another pass may follow when an optimizer has stepped (loops by hand, several optimizers).
         """
         self._open = True
-        if self.stopped is not None or not is_sampled(self.count, self.every_n_steps):
+        guarded = not is_sampled(self.count, self.every_n_steps)
+        if self.stopped is not None or (guarded and self._guard is None):
             return
         with self._faults(step):
             self._again = again
             self._current = StepInProgress(
-                self.model, step, self._plans, rows=self.rows, tables=self.tables, on_error=self._noted,
+                self.model, step, self._plans, rows=self.rows, tables=GUARDED if guarded else self.tables,
+                guard=guarded, on_error=self._noted,
                 scale=lambda: loss_scale(self.scaler), owned=owned_by(self.model, self._rank),
             )  # fmt: skip
             self._hooks = OptimizerHooks(
@@ -220,12 +229,27 @@ class Recorder:
             else:
                 finished = current.finish()
                 self._raise_noted()
-                self._finished.append(finished)
+                self._take(finished)
         self.count += current.microbatches > 0
         self._current = None
-        due = len(self._finished) >= FLUSH_STEPS or time.monotonic() - self._flushed_at > FLUSH_SECONDS
+        full = len(self._finished) >= FLUSH_STEPS or any(step.guard for step in self._finished)
+        due = full or time.monotonic() - self._flushed_at > FLUSH_SECONDS
         if self._finished and due:
             self.flush()
+
+    def _take(self, finished: Finished | None) -> None:
+        """Keep a sampled step; of the guarded ones that at which something broke. None: no step is to come for now."""
+        if self._guard is not None:
+            hit = self._guard.judged(finished if finished is not None and finished.guard else None)
+            if hit is not None:
+                self._finished.append(hit)
+        if finished is not None and not finished.guard:
+            self._finished.append(finished)
+
+    @property
+    def alarms(self) -> int:
+        """How often the guard has noticed that numbers stopped being finite."""
+        return 0 if self._guard is None else self._guard.hits
 
     def abort(self) -> None:
         """The step failed: nothing of it is kept, nothing of ours stays on the model."""
@@ -258,7 +282,7 @@ class Recorder:
             if self.on_rows is not None:
                 self.on_rows(step.step, headline(rows_by_table))
             for table, rows in rows_by_table.items():
-                if table == "steps" or table in self.tables:
+                if table == "steps" or table in (self.tables | GUARDED if step.guard else self.tables):
                     tables.setdefault(table, []).extend(rows)
         for table, rows in tables.items():
             columns = [column.name for column in TABLES[table] if column.name != "rank"]
@@ -270,6 +294,9 @@ class Recorder:
     def close(self) -> None:
         """Write everything; the recorder can go on afterwards."""
         self.abort()
+        if self.stopped is None:
+            with self._faults():
+                self._take(None)
         self.flush()
 
     @property

@@ -45,6 +45,7 @@ class Finished:
     windows: int
     seconds: float
     scaled: frozenset[str]
+    guard: bool = False
     structures: list[Structure] = field(default_factory=list)
     layers: dict[str, Layer] = field(default_factory=dict)
 
@@ -127,9 +128,10 @@ class StepInProgress:
     def __init__(
         self, model: nn.Module, step: int, plans: Plans, *, rows: int, tables: frozenset[str],
         on_error: Callable[[Exception], None], scale: Callable[[], Tensor | float | None], trains: bool = True,
-        owned: Callable[[nn.Parameter], bool] = lambda _: True,
+        guard: bool = False, owned: Callable[[nn.Parameter], bool] = lambda _: True,
     ) -> None:  # fmt: skip
         self.step = step
+        self.guard = guard
         self.scale = scale
         self.microbatches = 0
         self._began = time.perf_counter()
@@ -146,7 +148,7 @@ class StepInProgress:
         if wants_taps:
             self._taps = Taps(
                 model, self._buffer, plans, rows=rows, tables=tables, on_error=on_error,
-                on_backward=self._seen_backward, after_backward=self._seen_gradients,
+                on_backward=self._seen_backward, after_backward=self._seen_gradients, guard=guard,
             )  # fmt: skip
         self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
         self._parameters = ParameterTaps(
@@ -250,8 +252,9 @@ class StepInProgress:
             transfer = self._buffer.transfer()
         seconds = time.perf_counter() - self._began
         return Finished(
-            self.step, transfer, self.microbatches, self._windows, seconds, frozenset(self._scaled), structures, layers
-        )
+            self.step, transfer, self.microbatches, self._windows, seconds, frozenset(self._scaled), self.guard,
+            structures, layers,
+        )  # fmt: skip
 
     def abandon(self) -> None:
         """Stop measuring at once; nothing of ours stays on the model."""

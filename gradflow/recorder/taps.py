@@ -44,7 +44,7 @@ class Taps:
     def __init__(
         self, model: nn.Module, buffer: Buffer, plans: Plans, *, rows: int, tables: frozenset[str],
         on_error: Callable[[Exception], None], on_backward: Callable[[Tensor | None], None],
-        after_backward: Callable[[], None],
+        after_backward: Callable[[], None], guard: bool = False,
     ) -> None:  # fmt: skip
         self._on_backward = on_backward
         self._after_backward = after_backward
@@ -53,10 +53,11 @@ class Taps:
         self.buffer = buffer
         self.structures: list[Structure] = []
         self.attention = AttentionTaps(buffer) if "attention" in tables else None
-        self.layers = LayerTaps(buffer, self.hooks) if "layers" in tables else None
+        self.layers = LayerTaps(buffer, self.hooks, guard=guard) if "layers" in tables else None
         self._plans = plans
         self._rows = rows
         self._tables = tables
+        self._guard = guard
         self._on_error = on_error
         self._passes: list[StreamTaps] = []
         self._number = 0
@@ -224,6 +225,9 @@ class Taps:
         edges = self.tracer.edges
         graph = self.tracer.take()
         if not graph.nodes or (self.structures and not graph.calls):  # what runs behind a backward is no pass
+            self._new_pass()
+            return
+        if self._guard:  # nothing is asked that an analysis would answer
             self._new_pass()
             return
         if self.attention is not None:
