@@ -100,7 +100,8 @@ def check(view: View) -> list[Finding]:
     remedy, second = (text.format(first=first, step=fault.step) for text in REMEDIES[fault.direction])
     claim = _claim(fault, first)
     if fault.inherited:
-        claim += " Weights were broken before that step, so it began after the sampled step before it."
+        claim += " Weights were broken before that step, so it began after the sampled step before it; "
+        claim += "nan_guard=True records the step itself."
     if fault.contained:
         claim += " Loss and gradients stayed finite, as with masks of -inf."
     return [
