@@ -15,6 +15,7 @@ from torch import nn
 from gradflow.errors import UsageError
 from gradflow.residuals import analyse
 from gradflow.tracing import Tracer
+from gradflow.tracing.modules import named_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,16 +70,18 @@ def _collection_paused() -> Iterator[None]:
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Random state, buffers, training flags, gradients and `requires_grad` are afterwards what they were before."""
-    modules = list(model.modules())
+    modules = [module for _, module in named_modules(model)]
     flags = [module.training for module in modules]
     buffers = [(m, name, b, _copied(b)) for m in modules for name, b in m._buffers.items()]  # noqa: SLF001
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    owned = {id(p): p for m in modules for p in m._parameters.values() if p is not None}  # noqa: SLF001
+    parameters = [(p, p.requires_grad, p.grad) for p in owned.values()]
     with _random_state():
         try:
             yield
         finally:
             for module, flag in zip(modules, flags, strict=True):
-                module.training = flag
+                if module.training != flag:
+                    module.training = flag
             for module, name, buffer, copy in buffers:
                 module._buffers[name] = buffer  # noqa: SLF001
                 if buffer is not None and copy is not None and not _equal(buffer, copy):
@@ -125,7 +128,7 @@ def _random_state() -> Iterator[None]:
 @contextlib.contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
     """Compiled parts of a model run eagerly, without recompilation before or after."""
-    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())  # noqa: SLF001
+    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for _, m in named_modules(model))  # noqa: SLF001
     if not compiled and "torch._dynamo" not in sys.modules:
         yield  # importing the compiler takes seconds
         return

@@ -6,11 +6,12 @@ executes the structure; a run directory stores `Branch`, `Layer` and `Stream`; r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 Kind = Literal["identity", "projection"]
 Placement = Literal["pre-norm", "post-norm", "none"]
@@ -18,7 +19,7 @@ Severity = Literal["error", "warning", "info"]
 
 
 class Lineage:
-    """Ancestors of a graph's nodes, worked out on demand: the masks of all at once would grow with the square.
+    """What follows from a graph's nodes together, on demand: all masks of ancestors at once would grow with the square.
 
     Args:
         parents: Parents of every node, by index.
@@ -50,10 +51,15 @@ class Lineage:
                     queue.append(parent)
         return int.from_bytes(found, "little")
 
+    def channel_dim(self, index: int) -> int:  # noqa: ARG002
+        """Axis of the features in a node's tensor: the last one, where the graph says nothing else."""
+        return -1
 
-@dataclass(frozen=True, slots=True)
-class Node:
+
+class Node(NamedTuple):
     """One tensor of a traced pass: a model input, a parameter, a constant, or the result of an operation.
+
+    A tuple, since a pass makes thousands and a frozen dataclass takes several times as long to make.
 
     Attributes:
         index: Position in `Graph.nodes`; parents always have smaller indices.
@@ -66,13 +72,12 @@ class Node:
         shape: Shape of the tensor.
         floating: Whether the tensor is floating point (or complex).
         requires_grad: Whether autograd follows it.
-        channel_dim: Axis of the features: -1 after linear maps, 1 after convolutions.
         inplace: Whether the operation overwrote its first operand.
         detail: What the analysis needs besides: scalar factors, `alpha`, the index of a slice, axes moved, ...
-        lineage: The parents of every node of the graph.
+        lineage: What follows from the graph's nodes together.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # what a tuple has by this name nobody asks a node for
     op: str
     parents: tuple[int, ...]
     scope: str
@@ -80,15 +85,19 @@ class Node:
     shape: tuple[int, ...]
     floating: bool = True
     requires_grad: bool = False
-    channel_dim: int = -1
     inplace: bool = False
-    detail: dict[str, Any] = field(default_factory=dict)
-    lineage: Lineage | None = field(default=None, repr=False, compare=False)
+    detail: Mapping[str, Any] = MappingProxyType({})
+    lineage: Lineage | None = None
 
     @property
     def ancestors(self) -> int:
         """Bit mask of every node that this one depends on, itself excluded."""
         return 0 if self.lineage is None else self.lineage.ancestors(self.index)
+
+    @property
+    def channel_dim(self) -> int:
+        """Axis of the features: -1 (the last) after linear maps, 1 after convolutions."""
+        return -1 if self.lineage is None else self.lineage.channel_dim(self.index)
 
 
 @dataclass(frozen=True, slots=True)

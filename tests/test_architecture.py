@@ -22,7 +22,7 @@ LEVELS = [
         "corpus",
     ],
     [
-        """tracing.operations tracing.axes tracing.modules tracing.register tracing.reentrant tracing.frames
+        """tracing.operations tracing.axes tracing.modules tracing.lineage tracing.register tracing.reentrant tracing.frames
         tracing.attachment tracing.observation tracing.tracer tracing""",
         """residuals.families residuals.likeness residuals.roles residuals.ancestry residuals.sums residuals.paths
         residuals.fused residuals.joins residuals.naming residuals.streams residuals.trunks residuals.analysis

@@ -22,7 +22,7 @@ class Sketch:
         index = len(self.nodes)
         lineage = Lineage(self.parents)
         self.nodes.append(
-            Node(index, name, parents, self.scope, self.call, shape, floating, True, -1, False, detail, lineage)
+            Node(index, name, parents, self.scope, self.call, shape, floating, True, False, detail, lineage)
         )
         return index
 

@@ -25,18 +25,17 @@ class Ancestry:
 
     def __init__(self, roles: Roles, forks: Iterable[int]) -> None:
         self.bit = {fork: 1 << place for place, fork in enumerate(sorted(forks))}
-        count = len(roles.nodes)
-        self.ancestors = [0] * count
-        self.through_weight = [0] * count
-        for node in roles.nodes:
-            if node.parents and node.floating:
-                self._add(roles, node.index)
-
-    def _add(self, roles: Roles, index: int) -> None:
-        ancestors = through = 0
-        weights = roles.weights[index]
-        for parent in roles.sources(index):
-            mask = self.ancestors[parent] | self.bit.get(parent, 0)
-            ancestors |= mask
-            through |= mask if weights is not None and parent not in weights else self.through_weight[parent]
-        self.ancestors[index], self.through_weight[index] = ancestors, through
+        reached = [0] * len(roles.nodes)  # the ancestors and the node itself
+        for fork, bit in self.bit.items():
+            reached[fork] = bit
+        self.ancestors = reached.copy()
+        self.through_weight = [0] * len(roles.nodes)
+        for index, sources in enumerate(roles.sources):
+            weights = roles.weights[index]
+            ancestors = through = 0
+            for source in sources:
+                ancestors |= reached[source]
+                learned = weights is not None and source not in weights
+                through |= reached[source] if learned else self.through_weight[source]
+            self.ancestors[index], self.through_weight[index] = ancestors, through
+            reached[index] |= ancestors

@@ -56,8 +56,8 @@ class JoinFinder:
             self._joins: dict[int, Match] = {}
             self._direct = [0] * len(self._nodes)
             self._past_join = [False] * len(self._nodes)
-            for node in self._nodes:
-                self._visit(node.index)
+            for index, sources in enumerate(self._roles.sources):
+                self._visit(index, sources)
             apart = self._sums.apart | self._carried_past()
             if not apart & self._joins.keys():
                 break
@@ -77,7 +77,7 @@ class JoinFinder:
                 forks.update(c for c in ways if len(roles.consumers[c]) > 1 or c in repeated)
         return forks
 
-    def _visit(self, index: int) -> None:
+    def _visit(self, index: int, sources: tuple[int, ...]) -> None:
         """Decide on a node, then set the mask of possible forks that reach it directly.
 
         Directly: through no join's branch alone, as masks, positions and what lies inside a branch do.
@@ -85,9 +85,11 @@ class JoinFinder:
         bit, direct, past = self.ancestry.bit, self._direct, self._past_join
         match = self._match(index) if index in self._sums and index not in self._sums.apart else None
         if match is None:
-            for parent in self._roles.sources(index):
-                direct[index] |= direct[parent] | bit.get(parent, 0)
-                past[index] = past[index] or past[parent]
+            mask, after = 0, False
+            for source in sources:
+                mask |= direct[source] | bit.get(source, 0)
+                after = after or past[source]
+            direct[index], past[index] = mask, after
             return
         self._joins[index] = match
         for partial in match.partials:

@@ -29,6 +29,7 @@ class Roles:
         weights: For a learned operation, the operands that are its weights (may be none); None for all others.
         like: What each node is the same thing as.
         twins: For a slice, an earlier slice of the same tensor by the same index: the same values.
+        sources: Floating-point tensors that its values come from: its operands, and an earlier equal slice.
     """
 
     def __init__(self, nodes: Sequence[Node]) -> None:
@@ -41,6 +42,7 @@ class Roles:
         self.parametric = [False] * count
         self.weights: list[frozenset[int] | None] = [None] * count
         self.twins: dict[int, int] = {}
+        self.sources: list[tuple[int, ...]] = [()] * count
         self._slices: dict[tuple[str, int, str], int] = {}
         self.like = Likeness(self)
         self._between: dict[tuple[int, int], list[int]] = {}
@@ -53,20 +55,25 @@ class Roles:
         if not parents:
             self._source(node)
             return
+        consumers, nodes = self.consumers, self.nodes
         from_input = parametric = weighty = data = False
+        sources = []
         for parent in parents:
-            readers = self.consumers[parent]
+            readers = consumers[parent]
             if not readers or readers[-1] != index:
                 readers.append(index)
             from_input = from_input or self.from_input[parent]
             parametric = parametric or self.parametric[parent]
             weighty = weighty or self.weighty[parent]
             data = data or self.data[parent]
+            if nodes[parent].floating:
+                sources.append(parent)
         self.from_input[index], self.parametric[index] = from_input, parametric
         self.weighty[index] = weighty and not from_input
         weights = self.weights[index] = self._weights(node)
         if node.floating:
             self.data[index] = data or (weights is not None and from_input)
+            self.sources[index] = tuple(sources)
             if node.op in families.SLICES and "index" in node.detail:
                 self._note_twin(node)
 
@@ -84,30 +91,25 @@ class Roles:
         first = self._slices.setdefault(key, node.index)
         if first != node.index:
             self.twins[node.index] = first
-
-    def sources(self, index: int) -> tuple[int, ...]:
-        """Floating-point tensors that a node's values come from: its operands, and an earlier equal slice."""
-        if not self.nodes[index].floating:
-            return ()
-        found = tuple(p for p in self.nodes[index].parents if self.nodes[p].floating)
-        return found if index not in self.twins else (*found, self.twins[index])
+            self.sources[node.index] += (first,)
 
     def between(self, start: int, end: int) -> list[int]:
         """Nodes on the ways from `start` to `end`, `end` included, in order."""
         known = self._between.get((start, end))
         if known is not None or self.exhausted:
             return known or []
+        sources = self.sources
         queue, seen = [end], {end}
-        while queue:
-            for parent in self.sources(queue.pop()):
+        for index in queue:
+            for parent in sources[index]:
                 if parent > start and parent not in seen:
                     seen.add(parent)
                     queue.append(parent)
         self._visits += len(seen)
         reached = {start}
         found = []
-        for index in sorted(seen):
-            if any(parent in reached for parent in self.sources(index)):
+        for index in sorted(queue):
+            if not reached.isdisjoint(sources[index]):
                 reached.add(index)
                 found.append(index)
         self._between[start, end] = found

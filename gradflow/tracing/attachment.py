@@ -8,18 +8,19 @@ switches off and which rounds differently, runs without hooks and mode.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch.overrides import TorchFunctionMode
-    from torch.utils.hooks import RemovableHandle
 
 _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -33,7 +34,7 @@ def _harmless() -> Callable[..., None]:
 
 
 class _Hook:
-    """A forward hook or pre-hook that a copied or pickled model does not carry on."""
+    """A hook that a copied or pickled model does not carry on."""
 
     __slots__ = ("_path", "_use")
 
@@ -41,11 +42,34 @@ class _Hook:
         self._use = use
         self._path = path
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        self._use(self._path, module, *(output or (args, kwargs)))
-
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _harmless, ()
+
+
+class _Before(_Hook):
+    """A forward pre-hook."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._use(self._path, module, args, kwargs)
+
+
+class _After(_Hook):
+    """A forward hook."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+        self._use(self._path, module, output)
+
+
+def _registries(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where a module keeps its pre-hooks, that they take keywords, its hooks, that they do, that they always run."""
+    return (
+        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks,  # noqa: SLF001
+        module._forward_hooks_with_kwargs, module._forward_hooks_always_called,  # noqa: SLF001
+    )  # fmt: skip
 
 
 class Attachment:
@@ -66,7 +90,8 @@ class Attachment:
         self._mode = mode
         self._entered = entered
         self._exited = exited
-        self._handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
+        self._key = RemovableHandle(OrderedDict()).id  # among all hooks of a module, ours
+        self._hooked: set[nn.Module] = set()
         self._paths: Mapping[nn.Module, str] = {}
         self._waiting: RemovableHandle | None = None
 
@@ -87,21 +112,23 @@ class Attachment:
             self._waiting.remove()
             self._waiting = None
         _take_off(self._mode)
-        for module in list(self._handles):
+        for module in list(self._hooked):
             self._unhook(module)
         self._paths = {}
 
     def _hook(self, module: nn.Module) -> None:
+        """Register both hooks, as `register_forward_hook` and its like do, without a handle for each."""
         path = self._paths[module]
-        before = nn.Module.register_forward_pre_hook(
-            module, _Hook(self._before if self._aside else self._entered, path), with_kwargs=True
-        )
-        after = nn.Module.register_forward_hook(module, _Hook(self._exited, path), with_kwargs=True, always_call=True)
-        self._handles[module] = (before, after)
+        before = _Before(self._before if self._aside else self._entered, path)
+        values = (before, True, _After(self._exited, path), True, True)
+        for hooks, value in zip(_registries(module), values, strict=True):
+            hooks[self._key] = value
+        self._hooked.add(module)
 
     def _unhook(self, module: nn.Module) -> None:
-        for handle in self._handles.pop(module, ()):
-            handle.remove()
+        for hooks in _registries(module):
+            hooks.pop(self._key, None)
+        self._hooked.discard(module)
 
     def _before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entered(path, module, args, kwargs)
@@ -110,7 +137,7 @@ class Attachment:
 
     def _stand_aside(self, path: str, fused: nn.Module) -> None:
         """No hook in `fused` and no mode until its forward ends; a global hook, which it does not look at, waits."""
-        inside = [module for module in fused.modules() if module in self._handles]
+        inside = [module for module in fused.modules() if module in self._hooked]
 
         def back(module: nn.Module, _args: Any, output: Any) -> None:
             if module is not fused or self._waiting is None:

@@ -27,10 +27,10 @@ def survey(model: nn.Module) -> tuple[dict[nn.Module, str], dict[int, tuple[str,
         if not hidden:
             paths[module] = path
         prefix = f"{path}." if path else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            names.setdefault(id(parameter), (prefix + name, False))
-        for name, buffer in module.named_buffers(recurse=False):
-            names.setdefault(id(buffer), (prefix + name, True))
+        for tensors, are_buffers in ((module._parameters, False), (module._buffers, True)):  # noqa: SLF001
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    names.setdefault(id(tensor), (prefix + name, are_buffers))
     return paths, names
 
 
@@ -39,11 +39,25 @@ def names_by_identity(model: nn.Module) -> dict[int, tuple[str, bool]]:
     return survey(model)[1]
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What `model.named_modules()` gives, in its order, without a generator inside a generator for every level."""
+    seen: set[nn.Module] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if module not in seen:
+            seen.add(module)
+            yield path, module
+            prefix = f"{path}." if path else ""
+            children = reversed(list(module._modules.items()))  # noqa: SLF001
+            stack += [(prefix + name, child) for name, child in children if child is not None]
+
+
 def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
     """Every module with its stripped path, and whether it is a wrapper or inside a scripted module."""
     parallel: set[str] = set()
     scripted: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         hidden = bool(scripted) and name.startswith(scripted)
         if isinstance(module, torch.jit.ScriptModule):
             scripted = (*scripted, f"{name}." if name else "")

@@ -39,6 +39,8 @@ _FACTORIES = frozenset({
     "triu_indices", "empty_strided", "new_empty_strided", "hann_window", "hamming_window", "bartlett_window",
     "blackman_window", "kaiser_window", "range", "empty_permuted", "complex_empty", "frombuffer",
 })  # fmt: skip
+# The analysis needs more of them than their tensors.
+_DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute", "getitem", "narrow", "select"})
 # Only the first operand's values enter; the others lend a shape or a dtype.
 _LIKE_FIRST = frozenset({"type_as", "to", "expand_as", "view_as", "reshape_as"})
 
@@ -54,6 +56,7 @@ class Operation:
         unseen: It gives no tensor that could carry a signal (`shape`, `size()`, `requires_grad`, ...).
         factory: It makes a tensor that depends on no operand's values.
         first_only: Only its first operand's values count.
+        detailed: Its numbers matter (axes moved, a factor, a power), not its tensors alone.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Operation:
     unseen: bool = False
     factory: bool = False
     first_only: bool = False
+    detailed: bool = False
 
 
 def _split(raw: str) -> tuple[str, bool, bool]:
@@ -88,7 +92,8 @@ def operation(func: Any) -> Operation:
     if raw in {"__get__", "__set__", "__delete__"}:
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if raw == "__get__" and attribute in _TENSOR_PROPERTIES:
-            return Operation("transpose" if attribute in {"T", "mT", "H", "mH"} else attribute)
+            moved = attribute in {"T", "mT", "H", "mH"}
+            return Operation("transpose" if moved else attribute, detailed=moved)
         return Operation(attribute, unseen=True)
     name, inplace, reflected = _split(raw or "unknown")
     name = _SYNONYMS.get(name, name)
@@ -101,4 +106,5 @@ def operation(func: Any) -> Operation:
         unseen=name in _UNSEEN,
         factory=name in _FACTORIES and not inplace,
         first_only=name in _LIKE_FIRST,
+        detailed=name in _DETAILED,
     )

@@ -6,6 +6,7 @@ holds their autograd nodes, and with them what those save for a backward that ha
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, overload
@@ -13,23 +14,26 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from gradflow.records import Lineage, Node, Problem
-from gradflow.tracing.axes import features_axis
+from gradflow.records import Node, Problem
+from gradflow.tracing.lineage import Row, RowLineage
+from gradflow.tracing.modules import tensors_in
 
 _WALK_LIMIT = 20_000
-_ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "dropout", "pow", "tanh", "relu", "gelu", "silu", "contiguous"})
-_FLOATING: dict[torch.dtype, bool] = {}
+_ORDINARY = frozenset({Tensor, nn.Parameter})
+_ATOMS = frozenset({
+    int, float, bool, complex, str, type(None), type(...), slice, torch.Size, torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
+})  # fmt: skip
 
-# op, parents, scope, call, shape, dtype, requires_grad, inplace, detail
-_Row = tuple[str, tuple[int, ...], str, int, torch.Size, torch.dtype, bool, bool, dict[str, Any]]
-
-
-def is_signal(dtype: torch.dtype) -> bool:
+class _Signals(dict[torch.dtype, bool]):
     """Whether a dtype can carry a signal: floating point or complex."""
-    known = _FLOATING.get(dtype)
-    if known is None:
-        known = _FLOATING[dtype] = dtype.is_floating_point or dtype.is_complex
-    return known
+
+    def __missing__(self, dtype: torch.dtype) -> bool:
+        self[dtype] = known = dtype.is_floating_point or dtype.is_complex
+        return known
+
+
+_SIGNALS = _Signals()
 
 
 class Register(Sequence[Node]):
@@ -45,8 +49,8 @@ class Register(Sequence[Node]):
         self.scope = ""
         self.call = -1
         self.problems: list[Problem] = []
-        self.rows: list[_Row] = []
-        self._lineage = Lineage(_Parents(self.rows))
+        self.rows: list[Row] = []
+        self._lineage = RowLineage(self.rows)
         self._refs: list[weakref.ref[Tensor]] = []
         self.entries: dict[int, tuple[weakref.ref[Tensor], int, int, bool]] = {}
         self.overwrites = False  # versions need no look while nothing was overwritten
@@ -54,7 +58,6 @@ class Register(Sequence[Node]):
         self.edges: dict[int, tuple[Any, int]] = {}
         self._by_edge: dict[tuple[Any, int], int] = {}
         self._filed = 0
-        self._axes: list[int] = []
         self._hash = 0
         self._hashed = 0
 
@@ -84,13 +87,40 @@ class Register(Sequence[Node]):
             return self._resolved(tensor)
         return self._outside(tensor, kind or ("constant" if self.call >= 0 else "input"))
 
-    def handed_on(self, tensor: Tensor) -> bool:
-        """Whether an operation's result is a known tensor that it did not change."""
+    def parents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """Nodes of the tensors among an operation's arguments (runs at every operation)."""
+        entries, unchanged = self.entries, not self.overwrites
+        found = []
+        for value in args:
+            kind = type(value)
+            if kind in _ORDINARY:
+                entry = entries.get(id(value))
+                if entry and unchanged and (entry[3] or not value.requires_grad) and entry[0]() is value:
+                    found.append(entry[1])
+                else:
+                    found.append(self.node_for(value))
+            elif kind not in _ATOMS:
+                found += self._nested(value)
+        for key, value in kwargs.items():
+            if type(value) not in _ATOMS and key != "out":
+                found += self._nested(value)
+        return tuple(found)
+
+    def _nested(self, value: Any) -> list[int]:
+        """Nodes of the tensors in an argument that is a tensor of some kind, or a container."""
+        if not isinstance(value, (Tensor, tuple, list)):
+            return []
+        return [self.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor stands for a node (runs at every result)."""
         entry = self.entries.get(id(tensor))
-        if entry is None or entry[0]() is not tensor:
-            return False
+        return entry is not None and entry[0]() is tensor
+
+    def handed_on(self, tensor: Tensor) -> bool:
+        """Whether an operation's result, a known tensor, was not changed by it."""
         try:
-            return entry[2] == tensor._version  # noqa: SLF001
+            return self.entries[id(tensor)][2] == tensor._version  # noqa: SLF001
         except RuntimeError:
             return True
 
@@ -102,7 +132,9 @@ class Register(Sequence[Node]):
         """Make a node for a tensor (runs at every operation)."""
         index = len(self.rows)
         grad = tensor.requires_grad
-        self.rows.append((op, parents, self.scope, self.call, tensor.shape, tensor.dtype, grad, inplace, detail))
+        shape = tuple(tensor.shape) if type(tensor) in _ORDINARY else _sizes(tensor.shape)
+        floating = _SIGNALS[tensor.dtype]
+        self.rows.append((index, op, parents, self.scope, self.call, shape, floating, grad, inplace, detail))
         reference = weakref.ref(tensor)
         self._refs.append(reference)
         try:
@@ -143,7 +175,7 @@ class Register(Sequence[Node]):
         if not writers:  # an operation updated it on its own (batch-norm statistics)
             self.entries[id(tensor)] = (weakref.ref(tensor), node, version, tensor.requires_grad)
             return node
-        if self.rows[writers[-1]][4].numel() == tensor.numel():
+        if math.prod(self.rows[writers[-1]][5]) == tensor.numel():
             return self.add(tensor, "view", (writers[-1],), {})
         return self.add(tensor, "update", (node, *writers), {})
 
@@ -215,7 +247,7 @@ class Register(Sequence[Node]):
 
     def fingerprint(self) -> int:
         """Hash of the rows so far: operations, parents, scopes, and whether autograd follows."""
-        for op, parents, scope, _, _, _, grad, _, _ in self.rows[self._hashed :]:
+        for _, op, parents, scope, _, _, _, grad, _, _ in self.rows[self._hashed :]:
             self._hash = hash((self._hash, op, parents, scope, grad))
         self._hashed = len(self.rows)
         return self._hash
@@ -229,49 +261,10 @@ class Register(Sequence[Node]):
     def __getitem__(self, index: slice) -> tuple[Node, ...]: ...
     def __getitem__(self, index: int | slice) -> Node | tuple[Node, ...]:
         """A row as a node."""
+        lineage = self._lineage
         if isinstance(index, slice):
-            return self._between(*index.indices(len(self)))
-        return self._between(index, index + 1, 1)[0]
-
-    def _between(self, start: int, stop: int, step: int) -> tuple[Node, ...]:
-        """The nodes of a range of rows."""
-        if stop > start:
-            self._axis(stop - 1)
-        axes, rows, lineage = self._axes, self.rows, self._lineage
-        nodes = []
-        for index in range(start, stop, step):
-            op, parents, scope, call, shape, dtype, grad, inplace, detail = rows[index]
-            sizes, signal = _sizes(shape), is_signal(dtype)
-            nodes.append(
-                Node(index, op, parents, scope, call, sizes, signal, grad, axes[index], inplace, detail, lineage)
-            )
-        return tuple(nodes)
-
-    def _axis(self, index: int) -> int:
-        """Axis of the features in a row's tensor."""
-        axes, rows = self._axes, self.rows
-        for op, parents, _, _, shape, _, _, _, detail in rows[len(axes) : index + 1]:
-            if not parents:
-                axes.append(-1)
-                continue
-            first = parents[0]
-            before = rows[first][4]
-            kept = op in _ELEMENTWISE and shape == before
-            axes.append(axes[first] if kept else features_axis(op, detail.get("axes", ()), before, axes[first], shape))
-        return axes[index]
-
-
-class _Parents(Sequence[tuple[int, ...]]):
-    """The parents column of the rows."""
-
-    def __init__(self, rows: list[_Row]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index][1]
+            return tuple([Node._make((*row, lineage)) for row in self.rows[index]])
+        return Node._make((*self.rows[index], lineage))
 
 
 def _sizes(shape: torch.Size) -> tuple[int, ...]:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from gradflow.tracing.observation import Observer
 
-_DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute", "getitem", "narrow", "select"})
 _BACKWARD = frozenset({"backward", "grad"})
 _current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
 _Args = tuple[Any, ...]
@@ -43,7 +42,7 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.observer = observer
-        self._watches = observer.watches if observer is not None else frozenset()
+        self._watches = _BACKWARD if observer is None else _BACKWARD | observer.watches
         self._attachment = Attachment(self, self._enter_call, self._exit_call, aside=observer is not None)
         self._failed = False
         self.when_outermost_ends: Callable[[], None] | None = None
@@ -159,10 +158,10 @@ class Tracer(TorchFunctionMode):
         what = operation(func)
         if what.unseen or self._failed or (_current_backward() != -1 and not self.recomputes):
             return func(*args, **kwargs)
-        if what.name in self._watches or what.name in _BACKWARD:
+        if what.name in self._watches:
             return self._observed(what, func, args, kwargs)
         try:
-            parents = () if what.factory else self._parents(what, args, kwargs)
+            parents = self._parents(what, args, kwargs)
         except Exception as error:  # noqa: BLE001 (whatever it is, the model's operation runs)
             self._fault(error)
         out = func(*args, **kwargs)  # once, whatever happens to us; what it raises is the model's own
@@ -189,8 +188,8 @@ class Tracer(TorchFunctionMode):
                 if self.observer is not None:
                     self.observer.backward(what.name, args)
                 return what, (), None
-            parents = () if what.factory else self._parents(what, args, kwargs)
-            if what.name not in self._watches or self.observer is None:
+            parents = self._parents(what, args, kwargs)
+            if self.observer is None:
                 return what, parents, None
             node_of = self._register.node_of
             ordered, rest = _ordered(what, args, kwargs)
@@ -218,36 +217,26 @@ class Tracer(TorchFunctionMode):
             self._fault(error)
 
     def _parents(self, what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[int, ...]:
-        """Nodes of the tensors among an operation's arguments."""
-        register = self._register
-        entries = register.entries
-        parents = []
-        for value in args:
-            if isinstance(value, Tensor):
-                entry = entries.get(id(value))
-                known = entry is not None and entry[0]() is value and entry[3] and not register.overwrites
-                parents.append(entry[1] if known and entry is not None else register.node_for(value))
-            elif isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-                parents += [register.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
-        for key, value in kwargs.items():
-            if key != "out" and isinstance(value, (Tensor, tuple, list)):
-                parents += [register.node_for(tensor) for tensor in tensors_in(value, 3, objects=False)]
+        """Nodes that an operation's result depends on, in the operation's own order."""
+        if what.factory:
+            return ()
+        parents = self._register.parents(args, kwargs)
         if what.reflected:
-            parents.reverse()
-        return tuple(parents[:1] if what.first_only else parents)
+            parents = parents[::-1]
+        return parents[:1] if what.first_only else parents
 
     def _record(self, what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs, out: Any) -> int | None:
         """Put an operation's result into the graph; the node of its (first) tensor."""
         register = self._register
         if isinstance(out, Tensor):
             inplace = what.inplace
-            if not inplace and id(out) in register.entries:
+            if not inplace and register.knows(out):
                 if register.handed_on(out):
                     return None  # `contiguous()`, `to()` of what is so already
                 inplace = "out" in kwargs or any(value is out for value in args)  # `F.relu(x, inplace=True)`, `out=`
             if what.factory:
                 return register.add(out, "constant", (), {"factory": what.name})
-            detail = _detail(what.name, parents, args, kwargs) if what.name in _DETAILED else {}
+            detail = _detail(what.name, parents, args, kwargs) if what.detailed else {}
             return register.add(out, what.name, parents, detail, inplace=inplace)
         if isinstance(out, (tuple, list)):
             tensors = [tensor for tensor in out if isinstance(tensor, Tensor)]
