@@ -295,3 +295,34 @@ def test_fault_in_a_loop_by_hand_stops_the_recording_alone(tmp_path, caplog, mon
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert recorder.run.meta["stopped"]["step"] <= 2
     assert traces(model, optimizer)["optimizer 0"] == (0, 0)
+
+
+class Parallel(nn.Module):
+    """Attention's and the feed-forward's place taken by two maps that read the same tensor: `g(x) + f(x) + x`."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.f, self.g = (nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x.double())
+        return self.g(x).tanh() + self.f(x).tanh() + x
+
+
+def test_every_branch_of_a_merged_join_is_measured_at_every_sampled_step(tmp_path):
+    expected = []
+
+    def step(model, optimizer, x):
+        with torch.no_grad():
+            skip = model.stem(x.double())
+            f, g = model.f(skip).tanh(), model.g(skip).tanh()
+            expected.extend((float(skip.square().sum()), float(b.square().sum()), float((skip * b).sum())) for b in (f, g))
+        usual(model, optimizer, x)
+
+    run, _ = loop(tmp_path, step, make=Parallel)
+    rows = [r for r in run.table("branches").to_pylist() if r["grad_out_sq"] is not None]
+    rows.sort(key=lambda row: (row["step"], row["branch"]))
+    assert [(row["step"], row["branch"]) for row in rows] == [(n, b) for n in range(3) for b in ("f", "g")]
+    for row, figures in zip(rows, expected, strict=True):
+        assert (row["skip_sq"], row["branch_sq"], row["dot"]) == pytest.approx(figures, rel=1e-10)
+        assert None not in (row["grad_branch_sq"], row["signal_share"], row["gradient_share"])

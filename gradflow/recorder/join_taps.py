@@ -99,7 +99,7 @@ class JoinTaps:
         entry.terms = {term.place: term for term in entry.leaves}
         entry.dots[frozenset(entry.terms)] = statistics.dot(x, y) * factor
         if expand:
-            self._expand(entry, numbers, nodes)
+            self._expand(entry, (x, y), numbers, nodes)
         return entry
 
     def _term(self, entry: Sum, position: int, value: Tensor, scale: float, kept: Tensor | None, node: int) -> Term:
@@ -115,24 +115,25 @@ class JoinTaps:
         version = 0 if kept is None else kept._version  # noqa: SLF001
         return Term((entry.node, position), 1.0, square, sample, kept, version).scaled(scale)
 
-    def _expand(self, entry: Sum, numbers: tuple[int, int], nodes: Sequence[Node]) -> None:
+    def _expand(
+        self, entry: Sum, operands: tuple[Tensor, Tensor], numbers: tuple[int, int], nodes: Sequence[Node]
+    ) -> None:
         """Take operands that are partial sums apart into the operands of those."""
-        groups: list[list[Term]] = []
-        for term, number in zip(entry.leaves, numbers, strict=True):
+        groups: list[list[tuple[Term, Tensor]]] = []
+        for term, operand, number in zip(entry.leaves, operands, numbers, strict=True):
             partial = self._partial(number, nodes)
-            if partial is None or not all(leaf.fresh for leaf in partial.leaves):
-                groups.append([term])
+            parts = [] if partial is None else [(p.scaled(term.scale), p.value) for p in partial.leaves if p.fresh]
+            if partial is None or len(parts) < len(partial.leaves):
+                groups.append([(term, operand)])
                 continue
-            groups.append([leaf.scaled(term.scale) for leaf in partial.leaves])
+            groups.append([(part, value) for part, value in parts if value is not None])
             entry.dots.update({pair: value * term.scale**2 for pair, value in partial.dots.items()})
-        leaves = groups[0] + groups[1]
-        if len(leaves) == 2 or len(leaves) > _MOST_TERMS or not all(leaf.fresh for leaf in leaves):
+        leaves = [term for group in groups for term, _ in group]
+        if not 2 < len(leaves) <= _MOST_TERMS:
             return
-        for one in groups[0]:
-            for other in groups[1]:
-                if one.value is not None and other.value is not None:
-                    product = statistics.dot(one.value, other.value) * (one.scale * other.scale)
-                    entry.dots[frozenset((one.place, other.place))] = product
+        for one, x in groups[0]:
+            for other, y in groups[1]:
+                entry.dots[frozenset((one.place, other.place))] = statistics.dot(x, y) * (one.scale * other.scale)
         entry.leaves = leaves
         entry.terms.update({leaf.place: leaf for leaf in leaves})
 
