@@ -8,14 +8,34 @@ from uuid import uuid4
 
 from gradflow.errors import UsageError
 from gradflow.live import LiveReport
+from gradflow.store import Run
 from gradflow.store.directories import new_directory, resume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gradflow.recorder import Recorder
+    from gradflow.records import Finding
+    from gradflow.watch import Watch
 
 log = logging.getLogger("gradflow")
+
+
+class Recorded:
+    """What a user reads from an adapter, whatever the trainer."""
+
+    _recorder: Recorder | None
+    _watch: Watch
+
+    @property
+    def run(self) -> Run:
+        """What has been recorded so far; an empty run before training."""
+        return self._recorder.run if self._recorder is not None else Run({}, {})
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is wrong, by what has been recorded so far."""
+        return self._watch.judge(self.run)
 
 
 def checked(owner: str, **values: int) -> None:

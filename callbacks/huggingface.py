@@ -13,10 +13,9 @@ from transformers.trainer_callback import ExportableState
 from gradflow.errors import RunError
 from gradflow.recorder import Recorder
 from gradflow.recorder.options import chosen_tables
-from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 
-from .common import checked, chosen_directory, live_report, shielded
+from .common import Recorded, checked, chosen_directory, live_report, shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from gradflow.records import Finding
 
 
-class GradientFlowCallback(TrainerCallback, ExportableState):
+class GradientFlowCallback(Recorded, TrainerCallback, ExportableState):
     """Records how signal and gradient flow through the residual branches of the model that a `Trainer` trains.
 
     Training ends in the same parameters, bit for bit, as without it. Sampled steps are 0, 1, 2, 4, 8, ... and then
@@ -67,16 +66,6 @@ class GradientFlowCallback(TrainerCallback, ExportableState):
         self._recorder: Recorder | None = None
         self._live: LiveReport | None = None
         self._trainer: Any = None
-
-    @property
-    def run(self) -> Run:
-        """What has been recorded so far; an empty run before training."""
-        return self._recorder.run if self._recorder is not None else Run({}, {})
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What is wrong, by what has been recorded so far."""
-        return self._watch.judge(self.run)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the trainer says about the run."""

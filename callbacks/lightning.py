@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from gradflow.errors import RunError
 from gradflow.recorder import Recorder
 from gradflow.recorder.options import chosen_tables
-from gradflow.store import Run
 from gradflow.watch import Reaction, Watch
 
-from .common import checked, chosen_directory, live_report, shielded
+from .common import Recorded, checked, chosen_directory, live_report, shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -47,7 +46,7 @@ if not TYPE_CHECKING:
     _Callback = type("_Callback", _bases(), {})
 
 
-class GradientFlowMonitor(_Callback):
+class GradientFlowMonitor(Recorded, _Callback):
     """Records how signal and gradient flow through the residual branches of the model that a Trainer trains.
 
     The model needs no change: branches are found in the training's own forward passes. Training ends in the same
@@ -104,18 +103,6 @@ class GradientFlowMonitor(_Callback):
         self._stepped = False
         self._trained = False
         self._stop = False
-
-    # ------------------------------------------------------------------ what a user reads
-
-    @property
-    def run(self) -> Run:
-        """What has been recorded so far; an empty run before training."""
-        return self._recorder.run if self._recorder is not None else Run({}, {})
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What is wrong, by what has been recorded so far."""
-        return self._watch.judge(self.run)
 
     # ------------------------------------------------------------------ trainer hooks
 

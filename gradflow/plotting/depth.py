@@ -239,10 +239,7 @@ def plot_signal_share(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()
     Read it: of the sum right behind the branch, this part came from the branch, the rest from the skip. Near 0 it adds
     nothing; above a half it outweighs the stream.
     """
-    _, grid = over_depth(
-        run, ax, "branches", "signal_share", unit="share of the sum", scale="linear", split=True, findings=findings
-    )
-    return finish(ax, grid)
+    return _shares(run, ax, "signal_share", "share of the sum", findings)
 
 
 def plot_gradient_share(run: Tables, ax: Axes, *, findings: Iterable[Finding] = ()) -> Axes:
@@ -251,22 +248,9 @@ def plot_gradient_share(run: Tables, ax: Axes, *, findings: Iterable[Finding] = 
     Read it: this part of the gradient came back through the branch, the rest along the skip, untouched. At 0 the branch
     passes nothing on.
     """
-    _, grid = over_depth(
-        run,
-        ax,
-        "branches",
-        "gradient_share",
-        unit="share of the gradient",
-        scale="linear",
-        split=True,
-        findings=findings,
-    )
-    return finish(ax, grid)
+    return _shares(run, ax, "gradient_share", "share of the gradient", findings)
 
 
 def _shares(run: Tables, ax: Axes, column: str, unit: str, findings: Iterable[Finding]) -> Axes:
     _, grid = over_depth(run, ax, "branches", column, unit=unit, scale="linear", split=True, findings=findings)
-    finish(ax, grid)
-    if ax.axison:
-        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    return ax
+    return finish(ax, grid)

@@ -145,9 +145,7 @@ def render_comparison(runs: Mapping[str, Run], *, findings: Sequence[Sequence[Fi
                 "name": name,
                 "model": str(run.meta.get("model") or "unnamed model"),
                 "color": css_color(line["color"]),
-                "dashes": ""
-                if isinstance(line["linestyle"], str)
-                else " ".join(f"{3 * d:g}" for d in line["linestyle"][1]),
+                "dashes": _dashes(line["linestyle"]),
                 "verdict": summary.make_verdict(views[name], found[name], checks),
                 "codes": list(dict.fromkeys(f.code for f in found[name] if f.severity != "info")),
                 "figures": figures[name],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from gradflow.rules.view import lasting, median, spell, window
 
 if TYPE_CHECKING:
     from gradflow.records import Severity
-    from gradflow.rules.view import Floats, View
+    from gradflow.rules.view import Bools, Floats, Grid, View
 
 DEAD = Threshold(
     "dead-units.share",
@@ -66,21 +67,17 @@ def dead(view: View) -> list[Finding]:
     began = np.array([column[np.isfinite(column)][0] if np.isfinite(column).any() else 0.0 for column in share.T])
     limit = np.where(began > 0.5 * DEAD.value, DEAD_FROM_THE_START.value, DEAD.value)
     bad = known & (share > limit)
-    found = np.flatnonzero(lasting(bad, known, least=1.0))
-    if not len(found):
+    ranked = _ranked(grid, share, bad, known)
+    if ranked is None:
         return []
-    now = median(share[window(len(share))])
-    found = found[np.argsort(-now[found], kind="stable")]
-    names = [grid.names[i] for i in found]
-    spells = [spell(bad[:, i], known[:, i], grid.steps) for i in found]
-    worst, start = float(now[found[0]]), _first(share[:, found[0]])
-    positions = float(np.nanmedian((grid["n"] / units)[:, found[0]]))
+    names, worst, start = ranked.names, ranked.worst, ranked.start
+    positions = float(np.nanmedian((grid["n"] / units)[:, ranked.at]))
     return [
         Finding(
             code="dead-units",
             severity=_severity(view, worst, start, DEAD_ERROR.value),
             where=unique(names),
-            steps=(min(s[0] for s in spells), max(s[1] for s in spells)),
+            steps=ranked.steps,
             claim=(
                 f"{worst:.0%} of the units of {names[0]} are zero on all of about {positions:.0f} positions a step"
                 f"{f', and many in {len(names) - 1} more layers' if len(names) > 1 else ''} "
@@ -91,12 +88,12 @@ def dead(view: View) -> list[Finding]:
                 "measured": worst,
                 "expected": 0.0,
                 "expected_from": "half of the elements of a ReLU are zero, but of hardly any unit all",
-                "threshold": float(limit[found[0]]),
-                "threshold_from": (DEAD_FROM_THE_START if limit[found[0]] > DEAD.value else DEAD).origin,
+                "threshold": float(limit[ranked.at]),
+                "threshold_from": (DEAD_FROM_THE_START if limit[ranked.at] > DEAD.value else DEAD).origin,
                 "at_the_first_step": start,
                 "positions": positions,
                 "layers": len(names),
-                "sampled_steps": int(known[:, found[0]].sum()),
+                "sampled_steps": int(known[:, ranked.at].sum()),
             },
             why=(
                 "A unit that is zero everywhere gets no gradient and stays so: the layer is narrower than it looks "
@@ -108,7 +105,7 @@ def dead(view: View) -> list[Finding]:
                 else "Initialise the layer anew: He weights and zero biases; check that its inputs are centred."
             ),
             remedy_2="Use GELU or leaky ReLU there, or a norm before the activation.",
-            confidence="high" if positions >= 1000 and known[:, found[0]].sum() >= 3 else "low",
+            confidence="high" if positions >= 1000 and known[:, ranked.at].sum() >= 3 else "low",
         )
     ]
 
@@ -121,9 +118,29 @@ def _severity(view: View, now: float, start: float, error: float) -> Severity:
     return "info" if learned and start < 0.5 * now else "warning"
 
 
-def _first(values: Floats) -> float:
-    known = values[np.isfinite(values)]
-    return float(known[0])
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """Layers whose share has lasted, the worst first: that one's column `at`, its share now and at the start."""
+
+    names: list[str]
+    at: int
+    worst: float
+    start: float
+    steps: tuple[int, int]
+
+
+def _ranked(grid: Grid, share: Floats, bad: Bools, known: Bools) -> _Ranked | None:
+    """The layers that are bad at every recent sampled step; None if there is none."""
+    lasted = np.flatnonzero(lasting(bad, known, least=1.0))
+    if not len(lasted):
+        return None
+    now = median(share[window(len(share))])
+    lasted = lasted[np.argsort(-now[lasted], kind="stable")]
+    at = int(lasted[0])
+    spells = [spell(bad[:, i], known[:, i], grid.steps) for i in lasted]
+    steps = min(first for first, _ in spells), max(last for _, last in spells)
+    start = float(share[np.isfinite(share[:, at]), at][0])
+    return _Ranked([grid.names[i] for i in lasted], at, float(now[at]), start, steps)
 
 
 def saturated(view: View) -> list[Finding]:
@@ -138,20 +155,16 @@ def saturated(view: View) -> list[Finding]:
     inner[len(trained) - 1 - trained[::-1].index(True) if any(trained) else -1] = False
     known = np.isfinite(share) & inner
     bad = known & (share > SATURATED.value)
-    found = np.flatnonzero(lasting(bad, known, least=1.0))
-    if not len(found):
+    ranked = _ranked(grid, share, bad, known)
+    if ranked is None:
         return []
-    now = median(share[window(len(share))])
-    found = found[np.argsort(-now[found], kind="stable")]
-    names = [grid.names[i] for i in found]
-    spells = [spell(bad[:, i], known[:, i], grid.steps) for i in found]
-    worst, start = float(now[found[0]]), _first(share[:, found[0]])
+    names, worst, start = ranked.names, ranked.worst, ranked.start
     return [
         Finding(
             code="saturated-activation",
             severity=_severity(view, worst, start, SATURATED_ERROR.value),
             where=unique(names),
-            steps=(min(s[0] for s in spells), max(s[1] for s in spells)),
+            steps=ranked.steps,
             claim=(
                 f"{worst:.0%} of the elements of {names[0]} sit at the ends of its range ({start:.0%} at the first "
                 f"sampled step){f'; so do most of {listed(names[1:])}' if len(names) > 1 else ''}."
@@ -165,7 +178,7 @@ def saturated(view: View) -> list[Finding]:
                 "threshold_from": SATURATED.origin,
                 "at_the_first_step": start,
                 "layers": len(names),
-                "sampled_steps": int(known[:, found[0]].sum()),
+                "sampled_steps": int(known[:, ranked.at].sum()),
             },
             why="Its slope there is under a twentieth, so gradients end at it (Glorot & Bengio 2010).",
             remedy=(
@@ -174,7 +187,7 @@ def saturated(view: View) -> list[Finding]:
                 else "Initialise the weights before it smaller (Glorot, gain 5/3 for tanh) and normalise its inputs."
             ),
             remedy_2="Put a norm before it, or use ReLU or GELU.",
-            confidence="high" if known[:, found[0]].sum() >= 3 else "low",
+            confidence="high" if known[:, ranked.at].sum() >= 3 else "low",
         )
     ]
 
