@@ -186,6 +186,18 @@ def test_a_plain_stack_has_a_trunk_in_the_streams_place():
     assert trunk.points == ("body.0", "body.1", "body.2", "body.3")
 
 
+def test_what_hands_its_input_on_is_no_point_of_a_trunk():
+    def forward(m, x):
+        for layer, norm in zip(m.layers, m.norms, strict=True):
+            x = norm(layer(x))
+        return x
+
+    layers, norms = (nn.ModuleList(make() for _ in range(4)) for make in (lambda: nn.Linear(8, 8), nn.Identity))
+    _, structure = discover(traps.Net(forward, layers=layers, norms=norms), X)
+    (trunk,) = structure.streams
+    assert trunk.points == ("layers.0", "layers.1", "layers.2", "layers.3")
+
+
 # ------------------------------------------------------------------------------------------- cost
 
 

@@ -338,6 +338,33 @@ def test_joins_that_are_fused_into_one_operation_are_named_as_not_measured():
     assert {(p.what, p.where) for p in structure.problems} == {("addcmul", "1"), ("sum", "1")}
 
 
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (lambda m, x: torch.lerp(x, m.f(x), 0.3), ["lerp"]),
+        (lambda m, x: m.f(x).lerp(x, m.g), ["lerp"]),
+        (lambda m, x: torch.lerp(x, m.f(x), torch.sigmoid(x)), []),  # a gate
+        (lambda m, x: torch.lerp(m.f(x), m.g[0], 0.5), []),  # no skip
+        (lambda m, x: torch.addmm(x, m.f(x), m.g), ["addmm"]),
+        (lambda m, x: torch.addmm(m.g[0], m.f(x), m.g), []),  # a bias
+        (lambda m, x: torch.stack([x, m.f(x)]).mean(0), []),
+    ],
+)
+def test_residual_sums_inside_other_operations_are_told_from_gates_and_biases(forward, found):
+    net = Net(forward, f=mlp())
+    net.g = nn.Parameter(torch.rand(()) if found == ["lerp"] else torch.rand(D, D))
+    _, structure = discover(nn.Sequential(nn.Linear(D, D), net), X)
+    assert [problem.what for problem in structure.problems] == found
+    assert not structure.joins
+
+
+def test_a_factor_that_is_a_tensor_is_read():
+    forward = lambda m, x: torch.add(x, m.f(x), alpha=torch.tensor(0.5))
+    _, structure = discover(nn.Sequential(nn.Linear(D, D), Net(forward, f=mlp())), X)
+    (join,) = structure.joins
+    assert [addend.scale for addend in join.addends] == [0.5]
+
+
 # ------------------------------------------------------------------------------------------- wrapped and cast models
 
 

@@ -33,6 +33,8 @@ def fused_operands(roles: Roles, node: Node) -> Sequence[int]:
     """What a fused sum adds up, nothing for other operations."""
     if node.op in families.FUSED_SUMS:
         return node.parents
+    if node.op == "lerp":  # with a weight that depends on the data it is a gate
+        return () if any(roles.data[weight] for weight in node.parents[2:]) else node.parents[:2]
     stacked = node.op == "sum" and len(node.parents) == 1 and roles.nodes[node.parents[0]].op == "stack"
     return roles.nodes[node.parents[0]].parents if stacked else ()
 

@@ -24,7 +24,9 @@ def find_trunk(graph: Graph, roles: Roles, joins: Sequence[Join]) -> tuple[Strea
     groups: dict[int, list[int]] = {}
     for call in graph.calls:
         made = call.outputs[0] if call.outputs else -1
-        if made >= 0 and graph.nodes[made].floating and call.index not in apart and made not in inside:
+        handed_on = made in call.inputs  # by `nn.Identity`, by dropout in eval mode: no point of its own
+        usable = made >= 0 and not handed_on and graph.nodes[made].floating
+        if usable and call.index not in apart and made not in inside:
             groups.setdefault(call.parent, []).append(call.index)
     best: list[int] = []
     for siblings in sorted(groups.values(), key=len, reverse=True):

@@ -270,7 +270,9 @@ def _detail(name: str, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs) -
     if name in {"getitem", "narrow", "select"}:
         return {"index": repr(args[1:])} if len(parents) == 1 else {}
     alpha = kwargs.get("alpha", 1)
-    detail: dict[str, Any] = {} if isinstance(alpha, Tensor) or alpha == 1 else {"alpha": alpha}
+    if isinstance(alpha, Tensor):
+        alpha = alpha.item()  # no wait of ours: the addition itself has just read it in the same way
+    detail: dict[str, Any] = {} if alpha == 1 else {"alpha": alpha}
     if len(parents) == 1:
         numbers = [value for value in args if isinstance(value, (int, float))]
         if numbers:
