@@ -104,8 +104,7 @@ def _on_device(flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     if "total" in found:
         found["total"] = torch.cat([part.sum(1) for part in rows]).to(final).sum()
     if "largest" in found:
-        low, high = torch.aminmax(wide_flat)
-        found["largest"] = torch.maximum(-low, high).to(final)
+        found["largest"] = torch.linalg.vector_norm(wide_flat, math.inf).to(final)
     if "zeros" in found:
         found["zeros"] = (flat.numel() - torch.count_nonzero(flat)).to(final)
     return found
@@ -122,6 +121,28 @@ def sum_squares(x: Tensor) -> Number:
     A row's root is taken before it is squared in float64, so the sum itself neither overflows nor underflows.
     """
     return measure(x, ("square",))["square"]
+
+
+def sum_squares_each(tensors: Sequence[Tensor]) -> list[Number]:
+    """Σ x² of each of several tensors; those on a device in one fused call.
+
+    There it is the square of a float32 norm (float64 for float64): infinite from a norm of 1.8e19 on.
+    """
+    found: dict[int, Number] = {i: sum_squares(x) for i, x in enumerate(tensors) if x.device.type == "cpu"}
+    fused: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, x in enumerate(tensors):
+        if i not in found:
+            fused.setdefault((x.device, x.dtype), []).append(i)
+    for places in fused.values():
+        found.update(zip(places, _squared_norms([tensors[i] for i in places]), strict=True))
+    return [found[i] for i in range(len(tensors))]
+
+
+def _squared_norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    values = [_real(x) for x in tensors]
+    dtype = values[0].dtype if values[0].dtype == torch.float64 else torch.float32
+    norms = torch._foreach_norm(values, 2, dtype=dtype)  # noqa: SLF001  what `clip_grad_norm_` uses
+    return torch.stack(list(norms)).to(_final(values[0])).square().unbind()
 
 
 def sum_squared_differences(x: Tensor, y: Tensor) -> Number:

@@ -1,7 +1,7 @@
 """The NaN guard: steps between the sampled ones, of which nothing is kept unless a number in them is not finite.
 
-A guarded step measures Σ y² and Σ g² of every layer, the loss and the gradients, and no more. It is judged one step
-later, when its figures have reached the host, so nothing waits for the device.
+A guarded step asks whether the loss, the outputs of layers and the gradients of parameters are finite, and no more. It
+is judged one step later, when its figures have reached the host, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from gradflow.recorder.guard_taps import Known
+
 if TYPE_CHECKING:
     from gradflow.recorder.buffer import Row
     from gradflow.recorder.recording import Finished
 
-TABLES = frozenset({"layers"})
+TABLES = frozenset({"layers", "parameters"})
 """What a guarded step records."""
 
 
@@ -24,6 +26,7 @@ class Guard:
         self._waiting: Finished | None = None
         self._broken = False
         self.hits = 0
+        self.known = Known()
 
     def judged(self, finished: Finished | None) -> Finished | None:
         """Take a guarded step in (or None: no more for now), and give the one before it if it has to be kept.
@@ -49,5 +52,5 @@ def is_broken(rows: dict[str, list[Row]]) -> bool:
     head = rows["steps"][0]
     found = [head.get("loss")]
     if (head.get("loss_scale") or 1.0) == 1.0:
-        found += [head.get("grad_norm"), *(row.get("grad_out_sq") for row in rows["layers"])]
+        found.append(head.get("grad_norm"))
     return any(value is not None and not math.isfinite(value) for value in found)

@@ -50,25 +50,53 @@ class _Running:
     has_activation: bool = False
 
 
-class LayerTaps:
-    """The layers of one sampled step. Names count occurrences within a pass, passes without gradient by themselves.
+class Occurrences:
+    """Names of the layers of a step: they count occurrences within a pass, passes without gradient by themselves."""
 
-    With `guard` only sums of squares are measured, and the non-finite elements counted where those are not finite.
-    """
-
-    def __init__(self, buffer: Buffer, hooks: Hooks, *, guard: bool = False) -> None:
-        self._guard = guard
-        self._buffer = buffer
-        self._hooks = hooks
-        self._running: dict[int, _Running] = {}
-        self._stack: list[int] = []
+    def __init__(self) -> None:
         self._seen: Counter[tuple[str, bool]] = Counter()
-        self._live: dict[str, Tensor] = {}
         self.layers: dict[str, Layer] = {}
 
     def new_pass(self) -> None:
         """Occurrences count from 0 again."""
         self._seen.clear()
+
+    def name(self, layer: Layer, *, grad: bool) -> str:
+        """Name of the next occurrence of a layer, entered into the list of layers."""
+        occurrence = self._seen[layer.name, grad]
+        self._seen[layer.name, grad] += 1
+        name = f"{layer.name}@{occurrence}" if occurrence else layer.name
+        name = name if grad else f"{name}@nograd"
+        if name not in self.layers:
+            self.layers[name] = replace(layer, name=name, occurrence=occurrence, depth=len(self.layers))
+        return name
+
+
+def module_layer(path: str, module: nn.Module) -> Layer:
+    """A module as a layer."""
+    kind = type(module).__name__
+    return Layer(path or kind, path, kind, 0, 0)
+
+
+class LayerTaps:
+    """The layers of one sampled step."""
+
+    def __init__(self, buffer: Buffer, hooks: Hooks) -> None:
+        self._buffer = buffer
+        self._hooks = hooks
+        self._running: dict[int, _Running] = {}
+        self._stack: list[int] = []
+        self._occurrences = Occurrences()
+        self._live: dict[str, Tensor] = {}
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The layers met, by name."""
+        return self._occurrences.layers
+
+    def new_pass(self) -> None:
+        """Occurrences count from 0 again."""
+        self._occurrences.new_pass()
         self._running.clear()
         self._stack.clear()
 
@@ -101,22 +129,11 @@ class LayerTaps:
             self._stack.pop()
         if out is None or running.has_calls or not (out.is_floating_point() or out.is_complex()):
             return None
-        kind = type(running.module).__name__
         leaf = next(running.module.parameters(), None) is not None
         if leaf or running.has_activation:
-            layer = Layer(running.path or kind, running.path, kind, 0, 0)
+            layer = module_layer(running.path, running.module)
             return self._measure(layer, out, channel_dim, activation=running.has_activation, grad=running.grad)
         return None
-
-    def _named(self, layer: Layer, *, grad: bool) -> str:
-        """Name of this occurrence, entered into the list of layers."""
-        occurrence = self._seen[layer.name, grad]
-        self._seen[layer.name, grad] += 1
-        name = f"{layer.name}@{occurrence}" if occurrence else layer.name
-        name = name if grad else f"{name}@nograd"
-        if name not in self.layers:
-            self.layers[name] = replace(layer, name=name, occurrence=occurrence, depth=len(self.layers))
-        return name
 
     def _measure(
         self, layer: Layer, result: Tensor, channel_dim: int, *, activation: bool, grad: bool
@@ -124,19 +141,14 @@ class LayerTaps:
         out = measurable(result)
         if out is None:
             return None
-        name = self._named(layer, grad=grad)
-        values: dict[str, Number | None]
-        if self._guard:
-            found = statistics.measure(out, ("square", "nonfinite"))
-            values = {"n": float(out.numel()), "out_sq": found["square"], "nonfinite": found["nonfinite"]}
-        else:
-            values = self._full(layer, name, out, channel_dim, activation=activation)
+        name = self._occurrences.name(layer, grad=grad)
+        values = self._values(layer, name, out, channel_dim, activation=activation)
         self._buffer.put("layers", name, values)
         if result.grad_fn is not None:
             self._hooks.gradient((result.grad_fn, result.output_nr), lambda gradient: self._gradient(name, gradient))
         return values["out_sq"]
 
-    def _full(
+    def _values(
         self, layer: Layer, name: str, out: Tensor, channel_dim: int, *, activation: bool
     ) -> dict[str, Number | None]:
         """All forward columns."""
@@ -154,9 +166,6 @@ class LayerTaps:
         return values
 
     def _gradient(self, name: str, gradient: Tensor) -> None:
-        if self._guard:
-            self._buffer.put("layers", name, {"grad_out_sq": self._hooks.square(gradient)})
-            return
         found = self._hooks.measure(gradient, "square", "zeros")
         self._buffer.put("layers", name, {"grad_out_sq": found["square"], "grad_zeros": found["zeros"]})
 

@@ -12,7 +12,7 @@ from gradflow.recorder.measurable import measurable
 from gradflow.tracing.modules import names_by_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable
+    from collections.abc import Callable, Container, Iterable, Mapping
 
     from torch import Tensor
 
@@ -40,15 +40,16 @@ class ParameterTaps:
     ) -> None:  # fmt: skip
         self._buffer = buffer
         self._updates = updates
-        self._wanted = ("square",) if norm_only else ("square", "largest", "zeros", "nonfinite")
+        self._norm_only = norm_only
         self._parameters = {n: p for n, p in parameter_names(model).items() if not nn.parameter.is_lazy(p) and owned(p)}
         self._before: dict[str, Tensor] = {}
         self._gradients: dict[str, dict[str, Tensor | float | None]] = {}
+        self._weights: dict[str, Tensor | float] = {}
         self._by_id = {id(p): n for n, p in self._parameters.items()}
 
     def start(self) -> None:
         """Measure and keep the weights."""
-        if len(self._wanted) == 1:
+        if self._norm_only:
             return
         for name, parameter in self._parameters.items():
             weight = measurable(parameter.detach())
@@ -59,6 +60,11 @@ class ParameterTaps:
             self._buffer.put(
                 "parameters", name, {"n": float(weight.numel()), "weight_sq": statistics.sum_squares(weight)}
             )
+
+    def weights(self) -> None:
+        """Measure Σ w² as the weights stand; a later call replaces an earlier one."""
+        visible = {name: measurable(parameter.detach()) for name, parameter in self._parameters.items()}
+        self._weights.update(_squares(visible))
 
     def names(self, of: Iterable[Tensor]) -> set[str]:
         """Names of those among some tensors that are parameters measured here."""
@@ -83,19 +89,22 @@ class ParameterTaps:
         The names of those measured.
         """
         names = self._parameters if of is None else self.names(of)
-        measured = set()
+        visible: dict[str, Tensor | None] = {}
         for name in names:
             gradient = self._parameters[name].grad
-            visible = None if gradient is None or name in besides else _visible(gradient)
-            if visible is not None:
-                self._gradients[name] = _measured(visible, self._wanted)
-                measured.add(name)
-        return measured
+            visible[name] = None if gradient is None or name in besides else _visible(gradient)
+        if self._norm_only:
+            self._gradients.update({name: {"grad_sq": square} for name, square in _squares(visible).items()})
+        else:
+            self._gradients.update({name: _measured(grad) for name, grad in visible.items() if grad is not None})
+        return {name for name, gradient in visible.items() if gradient is not None}
 
     def finish(self) -> None:
         """Measure the updates, now that the optimizer has stepped."""
         for name, values in self._gradients.items():
             self._buffer.put("parameters", name, values)
+        for name, square in self._weights.items():
+            self._buffer.put("parameters", name, {"weight_sq": square})
         for name, before in self._before.items():
             weight = measurable(self._parameters[name].detach())
             if weight is not None and weight.shape == before.shape:
@@ -109,5 +118,10 @@ def _visible(gradient: Tensor) -> Tensor | None:
     return gradient.coalesce() if gradient.layout == torch.sparse_coo else measurable(gradient.detach())
 
 
-def _measured(gradient: Tensor, wanted: tuple[str, ...]) -> dict[str, Tensor | float | None]:
-    return {_COLUMNS[name]: value for name, value in statistics.measure(gradient, wanted).items()}
+def _squares(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | float]:
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return dict(zip(present, statistics.sum_squares_each(list(present.values())), strict=True))
+
+
+def _measured(gradient: Tensor) -> dict[str, Tensor | float | None]:
+    return {_COLUMNS[name]: value for name, value in statistics.measure(gradient, tuple(_COLUMNS)).items()}

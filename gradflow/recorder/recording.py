@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from gradflow import geometry
 from gradflow.recorder.buffer import Buffer, Row
+from gradflow.recorder.guard_taps import GuardTaps, Known
 from gradflow.recorder.hooks import undisturbed
 from gradflow.recorder.ledgers import SEPARATOR
 from gradflow.recorder.parameter_taps import ParameterTaps
@@ -37,7 +37,10 @@ _RATIOS = frozenset({
 
 @dataclass(slots=True)
 class Finished:
-    """A step that has been measured and whose figures are on their way to the host."""
+    """A step that has been measured and whose figures are on their way to the host.
+
+    Not `placed` are gradients of a guarded step that were measured after clipping may have mixed them.
+    """
 
     step: int
     transfer: Transfer
@@ -46,6 +49,7 @@ class Finished:
     seconds: float
     scaled: frozenset[str]
     guard: bool = False
+    placed: bool = True
     structures: list[Structure] = field(default_factory=list)
     layers: dict[str, Layer] = field(default_factory=dict)
 
@@ -67,6 +71,8 @@ class Finished:
             "step": self.step, "microbatches": self.microbatches, "seconds": self.seconds,
             **_head(head, rows["parameters"], scale, self.windows),
         }]  # fmt: skip
+        if not self.placed:
+            rows["parameters"] = []
         return rows
 
     def problems(self, rows: dict[str, list[Row]]) -> list[Problem]:
@@ -122,16 +128,21 @@ def _ranks(grams: list[tuple[tuple[str, str, str], Tensor]]) -> list[tuple[tuple
     return [(key, sum(several) / len(several)) for key, several in values.items()]
 
 
+def _known_finite(loss: Tensor) -> bool:
+    """Whether a loss is at hand, on the host, and finite."""
+    return loss.device.type == "cpu" and bool(torch.isfinite(loss.detach()).all())
+
+
 class StepInProgress:
     """Records one sampled step. `watch` and `rest` open and close the tracing mode around the parts that are traced."""
 
     def __init__(
         self, model: nn.Module, step: int, plans: Plans, *, rows: int, tables: frozenset[str],
         on_error: Callable[[Exception], None], scale: Callable[[], Tensor | float | None], trains: bool = True,
-        guard: bool = False, owned: Callable[[nn.Parameter], bool] = lambda _: True,
+        guard: Known | None = None, owned: Callable[[nn.Parameter], bool] = lambda _: True,
     ) -> None:  # fmt: skip
         self.step = step
-        self.guard = guard
+        self.guard = guard is not None
         self.scale = scale
         self.microbatches = 0
         self._began = time.perf_counter()
@@ -142,17 +153,22 @@ class StepInProgress:
         self._loss: Tensor | None = None
         self._scaled: set[str] = set()
         self._settled: set[str] = set()
-        self._stance: Any = None
+        self._placed = True
         wants_taps = bool(tables & {"branches", "streams", "layers", "attention"})
-        self._taps: Taps | None = None
-        if wants_taps:
+        self._taps: Taps | GuardTaps | None = None
+        if guard is not None:
+            self._taps = GuardTaps(
+                model, self._buffer, known=guard, on_error=on_error,
+                on_backward=self._seen_backward, after_backward=self._seen_gradients,
+            )  # fmt: skip
+        elif wants_taps:
             self._taps = Taps(
                 model, self._buffer, plans, rows=rows, tables=tables, on_error=on_error,
-                on_backward=self._seen_backward, after_backward=self._seen_gradients, guard=guard,
+                on_backward=self._seen_backward, after_backward=self._seen_gradients,
             )  # fmt: skip
         self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
         self._parameters = ParameterTaps(
-            model, self._buffer, updates=trains, owned=owned, norm_only="parameters" not in tables
+            model, self._buffer, updates=trains, owned=owned, norm_only=self.guard or "parameters" not in tables
         )
 
     def start(self, learning_rate: Any) -> None:
@@ -165,24 +181,19 @@ class StepInProgress:
         self.watch()
 
     def watch(self) -> None:
-        """Open the mode: what runs from here is part of a pass. Compiled code runs eagerly meanwhile."""
+        """Open the taps: what runs from here is part of a pass."""
         if self._watching or self._taps is None:
             return
         self._watching = True  # first: an interrupt in what follows must find something to close
-        if "torch._dynamo" in sys.modules:
-            self._stance = torch.compiler.set_stance("force_eager")
-        self._taps.tracer.__enter__()
+        self._taps.open()
 
     def rest(self) -> None:
-        """Close the mode."""
+        """Close the taps."""
         if not self._watching or self._taps is None:
             return
         try:
-            self._taps.tracer.__exit__(None, None, None)
+            self._taps.shut()
         finally:
-            stance, self._stance = self._stance, None
-            if stance is not None:
-                stance.__exit__(None, None, None)
             self._watching = False
 
     def backward(self, loss: Tensor | None, scale: Tensor | float | None) -> None:
@@ -198,9 +209,19 @@ class StepInProgress:
                 self._loss = value if self._loss is None else self._loss + value
             if scale is not None and self.microbatches == 1:
                 self._buffer.put("steps", "", {"loss_scale": scale.clone() if isinstance(scale, Tensor) else scale})
+            self._judge(loss)
         self.close_pass()
         if self._taps is not None and self._taps.checkpointed and loss is not None and loss.grad_fn is not None:
             self._recomputed.expect(loss.grad_fn, self._taps.points)
+
+    def _judge(self, loss: Tensor | None) -> None:
+        """A guarded step asks what was not finite if the loss is not, or is not at hand."""
+        if not isinstance(self._taps, GuardTaps):
+            return
+        sound = loss is not None and _known_finite(loss)
+        self._taps.judge(sound=sound)
+        if not sound:
+            self._parameters.weights()
 
     def _seen_backward(self, loss: Tensor | None) -> None:
         """A backward pass of a training loop that is not ours and tells nothing."""
@@ -235,6 +256,8 @@ class StepInProgress:
         self._settled |= names & self._parameters.measured
         self.gradients(self._parameters.of(names - self._settled), scaled=scaled)
         self._settled |= names & self._parameters.measured
+        if self.guard and self.microbatches == 0 and self._settled:  # a compiled model's backward pass shows nowhere
+            self.microbatches, self._placed = 1, False
 
     def finish(self) -> Finished:
         """The optimizer has stepped: measure the updates and send everything to the host."""
@@ -244,7 +267,7 @@ class StepInProgress:
         self._recomputed.close()
         if self._taps is not None:
             self._taps.finish()
-            structures = self._taps.structures
+            structures = list(self._taps.structures)
             layers = self._taps.layers.layers if self._taps.layers is not None else {}
         with undisturbed():
             self._parameters.finish()
@@ -253,7 +276,7 @@ class StepInProgress:
         seconds = time.perf_counter() - self._began
         return Finished(
             self.step, transfer, self.microbatches, self._windows, seconds, frozenset(self._scaled), self.guard,
-            structures, layers,
+            self._placed, structures, layers,
         )  # fmt: skip
 
     def abandon(self) -> None:

@@ -7,6 +7,7 @@ gradients are placed on autograd nodes that already exist. Nothing here waits fo
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,7 @@ class Taps:
     def __init__(
         self, model: nn.Module, buffer: Buffer, plans: Plans, *, rows: int, tables: frozenset[str],
         on_error: Callable[[Exception], None], on_backward: Callable[[Tensor | None], None],
-        after_backward: Callable[[], None], guard: bool = False,
+        after_backward: Callable[[], None],
     ) -> None:  # fmt: skip
         self._on_backward = on_backward
         self._after_backward = after_backward
@@ -53,16 +54,16 @@ class Taps:
         self.buffer = buffer
         self.structures: list[Structure] = []
         self.attention = AttentionTaps(buffer) if "attention" in tables else None
-        self.layers = LayerTaps(buffer, self.hooks, guard=guard) if "layers" in tables else None
+        self.layers = LayerTaps(buffer, self.hooks) if "layers" in tables else None
         self._plans = plans
         self._rows = rows
         self._tables = tables
-        self._guard = guard
         self._on_error = on_error
         self._passes: list[StreamTaps] = []
         self._number = 0
         self.checkpointed = False  # whether a reentrant checkpoint ran: its gradients come when it is computed again
         self.points: dict[str, str] = {}
+        self._stance: Any = None
         self._new_pass()
 
     def _new_pass(self) -> None:
@@ -73,6 +74,21 @@ class Taps:
         self.hooks.live = True
         if self.layers is not None:
             self.layers.new_pass()
+
+    def open(self) -> None:
+        """Open the mode; compiled code runs eagerly meanwhile."""
+        if "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+        self.tracer.__enter__()
+
+    def shut(self) -> None:
+        """Close it."""
+        try:
+            self.tracer.__exit__(None, None, None)
+        finally:
+            stance, self._stance = self._stance, None
+            if stance is not None:
+                stance.__exit__(None, None, None)
 
     # ------------------------------------------------------------------ operations
 
@@ -225,9 +241,6 @@ class Taps:
         edges = self.tracer.edges
         graph = self.tracer.take()
         if not graph.nodes or (self.structures and not graph.calls):  # what runs behind a backward is no pass
-            self._new_pass()
-            return
-        if self._guard:  # nothing is asked that an analysis would answer
             self._new_pass()
             return
         if self.attention is not None:

@@ -10,6 +10,8 @@ import numpy as np
 from gradflow.rules.view import View
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from numpy.typing import NDArray
 
     from gradflow.store import Run
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 Direction = Literal["forward", "backward", "loss", "update"]
 COUNTED = {"branches": "nonfinite", "layers": "nonfinite"}
 SUMS = {"branches": ("out_sq", "branch_sq", "skip_sq"), "layers": ("out_sq",), "streams": ("out_sq",)}
+LARGEST = {"branches": "out_max", "layers": "out_max"}
+"""Columns that are infinite only where an element is."""
 GRADIENTS = {"branches": "grad_out_sq", "layers": "grad_out_sq", "streams": "grad_sq"}
 
 
@@ -29,8 +33,10 @@ class Fault:
     Attributes:
         step: Sampled step at which it was seen first.
         last: Last sampled step at which any was seen.
-        direction: `"forward"`, `"backward"` (activations were finite, a gradient was not), `"loss"`, or `"update"`
-            (only parameter gradients or weights show it).
+        direction: `"forward"`, `"backward"` (what ran forwards was finite, a gradient was not), `"loss"`, or
+            `"update"` (only parameter gradients or weights show it).
+        by_parameters: Whether only gradients of parameters tell where a backward fault began: those of outputs were not
+            measured.
         layers: Broken layers of that step in the order in which the fault reached them, the first one first.
         branches: Broken branches, likewise.
         points: Broken points of streams and trunks, likewise.
@@ -47,6 +53,7 @@ class Fault:
     step: int
     last: int
     direction: Direction
+    by_parameters: bool
     layers: tuple[str, ...]
     branches: tuple[str, ...]
     points: tuple[str, ...]
@@ -72,6 +79,22 @@ def _broken(view: View, table: str, column: str) -> Bools:
     return _aligned(view, grid.steps, known & ~np.isfinite(values))
 
 
+def _known(view: View, table: str, column: str) -> Bools:
+    """Where a value is known, of the same shape."""
+    grid = view.grid(table)
+    return _aligned(view, grid.steps, grid.raw(column)[1])
+
+
+def _measured(view: View, columns: Mapping[str, str], at: int) -> bool:
+    """Whether a column of some table was measured at a step."""
+    return any(bool(_known(view, table, column)[at].any()) for table, column in columns.items())
+
+
+def _fresh(mask: Bools, at: int) -> Bools:
+    """What broke at a step and never before: what was broken before did no harm."""
+    return np.asarray(mask[at] & ~mask[:at].any(axis=0))
+
+
 def _aligned(view: View, steps: NDArray[np.int64], mask: Bools) -> Bools:
     full = np.zeros((len(view.steps), mask.shape[1]), dtype=bool)
     full[np.searchsorted(view.steps, steps)] = mask
@@ -90,6 +113,8 @@ def _forward(view: View, table: str) -> Bools:
     for column in SUMS[table]:
         values, known = grid.raw(column)
         mask |= _aligned(view, grid.steps, known & np.isnan(values)) & ~counted
+    if table in LARGEST:
+        mask |= _broken(view, table, LARGEST[table])
     return mask
 
 
@@ -107,20 +132,27 @@ def locate(view: View) -> Fault | None:
     if not broken.any():
         return None
     at = int(np.argmax(harmed)) if harmed.any() else int(np.argmax(ahead))
-    source = forward if ahead[at] else backward
+    backwards = not any(_fresh(mask, at).any() for mask in forward.values())
+    source = backward if backwards else forward
     layers, branches, points = (
-        _names(view, table, source[table], at, backwards=not ahead[at]) for table in ("layers", "branches", "streams")
+        _names(view, table, source[table], at, backwards=backwards) for table in ("layers", "branches", "streams")
     )
+    order = tuple(view.grid("layers").names[:: -1 if backwards else 1])
+    direction = _direction(view, source, loss=bool(loss[at].any()), backwards=backwards, at=at)
+    by_parameters = direction == "backward" and not _measured(view, GRADIENTS, at)
+    if by_parameters:
+        layers, order = _owners(view, _fresh(update, at)), _owners(view, _known(view, "parameters", "grad_sq")[at])
     return Fault(
         step=int(view.steps[at]),
         last=int(view.steps[np.flatnonzero(broken)[-1]]),
-        direction=_direction(forward=bool(ahead[at]), loss=bool(loss[at].any()), backward=backward, at=at),
+        direction=direction,
+        by_parameters=by_parameters,
         layers=layers,
         branches=branches,
         points=points,
         parameters=_names(view, "parameters", update, at),
-        before=_before(view, layers, backwards=not ahead[at]),
-        count=_count(view, at, layers, branches) if ahead[at] else None,
+        before=_before(order, layers),
+        count=None if backwards else _count(view, at, layers, branches),
         steps_broken=int(broken[at:].sum()),
         steps_since=len(view.steps) - at,
         scaled=bool(np.nanmax(view.series("loss_scale"), initial=1.0) > 1.0),
@@ -144,9 +176,17 @@ def _broken_parameters(view: View) -> Bools:
 
 def _names(view: View, table: str, mask: Bools, at: int, *, backwards: bool = False) -> tuple[str, ...]:
     """Names of what broke at a step, in the order the fault took, without what had been broken before, harmlessly."""
-    fresh = mask[at] & ~mask[:at].any(axis=0)
-    names = [name for name, hit in zip(view.grid(table).names, fresh, strict=True) if hit]
+    names = [name for name, hit in zip(view.grid(table).names, _fresh(mask, at), strict=True) if hit]
     return tuple(reversed(names)) if backwards else tuple(names)
+
+
+def _owners(view: View, parameters: Bools) -> tuple[str, ...]:
+    """Layers that own some of these parameters, the last one to run first: the order in which gradients come."""
+    owners: set[str] = set()
+    for name, hit in zip(view.grid("parameters").names, parameters, strict=True):
+        parts = name.split(".") if hit else []
+        owners.update(".".join(parts[:length]) for length in range(1, len(parts)))
+    return tuple(name for name in reversed(view.grid("layers").names) if name.partition("@")[0] in owners)
 
 
 def _reaches_the_end(view: View, forward: dict[str, Bools], at: int) -> bool:
@@ -157,21 +197,21 @@ def _reaches_the_end(view: View, forward: dict[str, Bools], at: int) -> bool:
     return bool(ends and ends[0])
 
 
-def _direction(*, forward: bool, loss: bool, backward: dict[str, Bools], at: int) -> Direction:
-    if forward:
+def _direction(view: View, source: dict[str, Bools], *, loss: bool, backwards: bool, at: int) -> Direction:
+    if not backwards:
         return "forward"
     if loss:
         return "loss"
-    return "backward" if any(mask[at].any() for mask in backward.values()) else "update"
+    if any(mask[at].any() for mask in source.values()):
+        return "backward"
+    gradients = bool(_broken(view, "parameters", "grad_sq")[at].any()) and bool(_known(view, "steps", "loss")[at].any())
+    return "backward" if gradients and not _measured(view, GRADIENTS, at) else "update"
 
 
-def _before(view: View, layers: tuple[str, ...], *, backwards: bool) -> str:
-    """Neighbour of the first broken layer on the side that the values come from."""
-    names = view.grid("layers").names
-    if not layers:
-        return ""
-    at = names.index(layers[0]) + (1 if backwards else -1)
-    return names[at] if 0 <= at < len(names) else ""
+def _before(order: Sequence[str], layers: tuple[str, ...]) -> str:
+    """The layer that values, or gradients, came through right before they came to the first broken one."""
+    at = order.index(layers[0]) if layers else 0
+    return order[at - 1] if at else ""
 
 
 def _count(view: View, at: int, layers: tuple[str, ...], branches: tuple[str, ...]) -> int | None:

@@ -56,6 +56,14 @@ REMEDIES = {
     ),
 }
 
+INHERITED = {
+    False: (
+        " Weights were broken before that step, so it began after the sampled step before it; nan_guard=True records "
+        "the step itself."
+    ),
+    True: " Weights were broken before that step, by the update of the step before it.",
+}
+
 
 def _first(fault: Fault) -> str:
     """The most precise name of the place where it began."""
@@ -67,20 +75,30 @@ def _first(fault: Fault) -> str:
     return "the model"
 
 
-def _where(fault: Fault) -> tuple[str, ...]:
+def _around(view: View, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The innermost branch that a layer is in, by its name; for steps at which branches were not measured."""
+    names = [branch.name for branch in view.run.branches]
+    around = [name for layer in layers for name in names if f"{layer.partition('@')[0]}.".startswith(f"{name}.")]
+    return (max(around, key=len),) if around else ()
+
+
+def _where(view: View, fault: Fault) -> tuple[str, ...]:
     """Place of origin: the layer, the branch that broke first, or the parameter; not what broke as a consequence."""
     if fault.direction == "loss":
         return ("loss",)
-    places = [names[0] for names in (fault.layers, fault.branches) if names] or list(fault.points[:1])
+    branches = fault.branches or _around(view, fault.layers[:1])
+    places = [names[0] for names in (fault.layers, branches) if names] or list(fault.points[:1])
     return tuple(places or fault.parameters[:1])
 
 
 def _claim(fault: Fault, first: str) -> str:
     count = f"{fault.count} non-finite elements" if fault.count else "NaN or infinity"
+    backward = f"the gradient that comes back to the output of {first} was the first"
+    if fault.by_parameters:
+        backward = f"on the way back the gradient of the parameters of {first} was the first"
     began = {
         "forward": f"{count} first appeared in the output of {first} at step {fault.step}",
-        "backward": f"the gradient that comes back to the output of {first} was the first to be NaN or infinite, at "
-        f"step {fault.step}, while the forward pass was finite",
+        "backward": f"{backward} to be NaN or infinite, at step {fault.step}, while the forward pass was finite",
         "loss": f"the loss became NaN or infinite at step {fault.step} while every recorded layer was finite",
         "update": f"the gradient or update of {first} became NaN or infinite at step {fault.step}",
     }[fault.direction]
@@ -100,15 +118,14 @@ def check(view: View) -> list[Finding]:
     remedy, second = (text.format(first=first, step=fault.step) for text in REMEDIES[fault.direction])
     claim = _claim(fault, first)
     if fault.inherited:
-        claim += " Weights were broken before that step, so it began after the sampled step before it; "
-        claim += "nan_guard=True records the step itself."
+        claim += INHERITED[bool(view.run.meta.get("config", {}).get("nan_guard"))]
     if fault.contained:
         claim += " Loss and gradients stayed finite, as with masks of -inf."
     return [
         Finding(
             code="nonfinite",
             severity="info" if fault.contained else "error",
-            where=_where(fault),
+            where=_where(view, fault),
             steps=(fault.step, fault.last),
             claim=claim,
             evidence={

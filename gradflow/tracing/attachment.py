@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from torch.overrides import TorchFunctionMode
 
-_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""Modules that PyTorch may run on its fused inference path."""
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -76,7 +77,7 @@ class Attachment:
     """The hooks of one tracer on the modules of a model, and its mode on the stack, while it is open.
 
     Args:
-        mode: The mode to keep on the stack.
+        mode: The mode to keep on the stack, if any.
         entered: Called with path, module, arguments and keyword arguments when a module's forward begins.
         exited: Called with path, module and output when it has ended, also by an exception (output None).
         aside: Leave PyTorch's fused inference path alone (training goes on in the same bits); otherwise it is switched
@@ -84,7 +85,7 @@ class Attachment:
     """
 
     def __init__(
-        self, mode: TorchFunctionMode, entered: Callable[..., None], exited: Callable[..., None], *, aside: bool
+        self, mode: TorchFunctionMode | None, entered: Callable[..., None], exited: Callable[..., None], *, aside: bool
     ) -> None:
         self._aside = aside
         self._mode = mode
@@ -132,7 +133,7 @@ class Attachment:
 
     def _before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entered(path, module, args, kwargs)
-        if isinstance(module, _FUSED) and self._waiting is None and may_fuse(module, args, kwargs):
+        if isinstance(module, FUSED) and self._waiting is None and may_fuse(module, args, kwargs):
             self._stand_aside(path, module)
 
     def _stand_aside(self, path: str, fused: nn.Module) -> None:
@@ -157,7 +158,7 @@ class Attachment:
 
 def may_fuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether PyTorch may run an encoder or attention module on its fused inference path (eval mode, no gradient)."""
-    if all(m.training for m in module.modules() if isinstance(m, _FUSED)):
+    if all(m.training for m in module.modules() if isinstance(m, FUSED)):
         return False
     if torch._C._len_torch_function_stack() > 1 or torch.is_autocast_enabled():  # noqa: SLF001
         return False  # it is off anyway
@@ -167,16 +168,20 @@ def may_fuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return not any(tensor.requires_grad for tensor in tensors)
 
 
-def _push_below(mode: TorchFunctionMode) -> None:
+def _push_below(mode: TorchFunctionMode | None) -> None:
     """Put a mode under all others that are open."""
+    if mode is None:
+        return
     others = _popped()
     _push_mode(mode)  # type: ignore[no-untyped-call]
     for other in others:
         _push_mode(other)  # type: ignore[no-untyped-call]
 
 
-def _take_off(mode: TorchFunctionMode) -> None:
+def _take_off(mode: TorchFunctionMode | None) -> None:
     """Take a mode off the stack, wherever it lies."""
+    if mode is None:
+        return
     for other in _popped():
         if other is not mode:
             _push_mode(other)  # type: ignore[no-untyped-call]
