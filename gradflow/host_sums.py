@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -35,7 +36,6 @@ WIDENED = 2**15
 """Elements widened at once: the most that PyTorch does not share out among threads."""
 _SMALL = 1e-30
 """A float32 sum below may have lost products that float32 cannot hold; it is computed again in float64."""
-_ONES = {dtype: np.ones(ROW, dtype) for dtype in (np.dtype(np.float32), np.dtype(np.float64))}
 _own = threading.local()
 _quiet = np.errstate(all="ignore")  # training that diverges overflows: the figures say so, not warnings
 
@@ -48,7 +48,7 @@ def measure(flat: Tensor, wanted: Collection[str]) -> dict[str, float]:
         if "square" in found:
             found["square"] += dot(piece, piece)
         if "total" in found:
-            found["total"] += _total(piece)
+            found["total"] += _dot(piece, _ones(piece.dtype)[: piece.size])
         low, high = 0.0, 0.0
         if "largest" in found:
             low, high = float(np.minimum.reduce(piece)), float(np.maximum.reduce(piece))
@@ -116,10 +116,9 @@ def live(x: Tensor, channel_dim: int) -> npt.NDArray[np.bool_]:
     return found
 
 
-def _total(piece: Values) -> float:
-    cut, ones = piece.size - piece.size % ROW, _ONES[piece.dtype]
-    rows = np.vecdot(piece[:cut].reshape(-1, ROW), ones)
-    return float(rows.sum(dtype=np.float64)) + float(np.dot(piece[cut:], ones[: piece.size - cut]))
+@cache
+def _ones(dtype: np.dtype[Any]) -> Values:
+    return np.ones(PIECE, dtype)
 
 
 def _zeros(piece: Values) -> int:

@@ -116,9 +116,9 @@ def total(x: Tensor) -> Number:
 
 
 def sum_squares(x: Tensor) -> Number:
-    """Sum of the squared elements, Σ x². A float32 x above 1e17 or below 1e-22 has squares outside of float32.
+    """Sum of the squared elements, Σ x², of any float32 x, though x above 1e19 or below 1e-22 has no square in float32.
 
-    A row's root is taken before it is squared in float64, so the sum itself neither overflows nor underflows.
+    On a device a row's root is taken in float32 and squared in float64; a CPU goes over to float64 where it must.
     """
     return measure(x, ("square",))["square"]
 

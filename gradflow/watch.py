@@ -35,10 +35,10 @@ class Watch:
 
     def due(self, sampled: int, alarms: int = 0) -> bool:
         """Whether enough sampled steps have been written since the run was last judged, or the guard saw a NaN."""
-        if alarms > self._alarms and self.reaction != "ignore":
-            self._alarms = alarms
-            return True
-        return self.reaction != "ignore" and sampled >= max(8, self._judged_at * _GROWTH) and sampled > self._judged_at
+        if self.reaction == "ignore":
+            return False
+        alarmed, self._alarms = alarms > self._alarms, alarms
+        return alarmed or (sampled >= max(8, self._judged_at * _GROWTH) and sampled > self._judged_at)
 
     def judge(self, run: Run) -> list[Finding]:
         """Findings of the run as it is."""

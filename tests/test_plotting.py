@@ -332,7 +332,7 @@ def test_names_with_dollars_are_not_mathematics():
 
 
 def svg_of(run, key="ratio-map"):
-    picture = next(picture for picture in gallery.PICTURES if picture.key == key)
+    picture = gallery.BY_KEY[key]
     return gallery.picture_svg(picture, run)
 
 

@@ -129,13 +129,13 @@ def _told_of(rule: Rule, *, picture: Sequence[str] = ()) -> list[str]:
 
 def _picture(rule: Rule) -> list[str]:
     """The picture of a finding's page, what stands in it, and how to read it."""
-    from gradflow.plotting.gallery import PICTURES  # matplotlib, for the pages alone
+    from gradflow.plotting.gallery import BY_KEY  # matplotlib, for the pages alone
 
     record = records().get(rule.code)
     if record is None or record["example"] is None:
         return []
     run, twin = record["example"]["run"], record["example"]["twin"]
-    shown = next(picture for picture in PICTURES if picture.key == rule.picture)
+    shown = BY_KEY[rule.picture]
     beside = f"the healthy run `{twin}`" if twin else "its twin with the first remedy below and nothing else"
     caption = f"*{shown.title}: on the left the sick run `{run}` of the zoo, on the right {beside}. {shown.reading}*"
     return [f"![{shown.title} of a run with {rule.code}, and of one without]({rule.code}.svg)", "", caption, ""]

@@ -60,6 +60,10 @@ class Picture:
         reading = reading.removeprefix(":").strip()
         return reading[:1].upper() + reading[1:]
 
+    def paint(self, run: Tables | Mapping[str, Tables], ax: Axes, findings: Sequence[Finding] = ()) -> None:
+        """Draw it into axes, with the findings where it marks them."""
+        self.plot(run, ax, **({"findings": findings} if self.marks else {}))
+
     def available(self, run: Tables) -> bool:
         """Whether the run holds what the picture shows."""
         table, *columns = self.needs.split()
@@ -110,6 +114,7 @@ PICTURES: tuple[Picture, ...] = (
             tokens.plot_attention_logits, "attention logit_max", marks=True),
 )  # fmt: skip
 """Every picture of one run, in the order of the report; the ledgers (`ledgers`) come beside them, one a stream."""
+BY_KEY = {picture.key: picture for picture in PICTURES}
 
 COMPARISONS: tuple[Picture, ...] = (
     Picture("compare-loss", TRAINING, "Loss", comparison.plot_compare_loss, "steps loss"),
@@ -152,10 +157,9 @@ def draw(
     picture: Picture, run: Tables | Mapping[str, Tables], *, findings: Sequence[Finding] = (), title: bool = False
 ) -> Figure:
     """The picture as a figure of its own."""
-    options = {"findings": findings} if picture.marks else {}
 
     def into(ax: Axes) -> None:
-        picture.plot(run, ax, **options)
+        picture.paint(run, ax, findings)
         if title:
             ax.figure.suptitle(label(f"{picture.section}: {picture.title}", 80), fontsize=10, color=style.INK)
 
@@ -252,13 +256,12 @@ def overview(run: Tables, *, findings: Sequence[Finding] = ()) -> Figure:
         "update-ratio",
         "grad-norm",
     )
-    known = {picture.key: picture for picture in PICTURES}
-    shown = [known[key] for key in order if known[key].available(view)][:6]
+    shown = [BY_KEY[key] for key in order if BY_KEY[key].available(view)][:6]
     with matplotlib.style.context(["default", style.SETTINGS]), quiet():
         figure = Figure(figsize=(12.6, 6.6), layout="constrained")
         for place, picture in enumerate(shown, 1):
             ax = figure.add_subplot(2, 3, place)
-            picture.plot(view, ax, **({"findings": findings} if picture.marks and picture.key != "loss" else {}))
+            picture.paint(view, ax, findings if picture.key != "loss" else ())
         if not shown:
             style.nothing(figure.add_subplot(), "Nothing was recorded")
     figure.set_facecolor("white")

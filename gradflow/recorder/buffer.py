@@ -6,12 +6,15 @@ Nothing here waits for the device. `transfer` starts an asynchronous copy; `Tran
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradflow.schema import TABLES
+
+if TYPE_CHECKING:
+    from gradflow.statistics import Number
 
 Key = tuple[str, str, str]
 """Table, name of the row, column."""
@@ -45,7 +48,7 @@ class Buffer:
         self._piles: dict[torch.device, _Pile] = {}
         self._host: list[tuple[Key, float]] = []
 
-    def put(self, table: str, name: str, values: dict[str, Tensor | float | None]) -> None:
+    def put(self, table: str, name: str, values: dict[str, Number | None]) -> None:
         """Add measured values to a row; None leaves the cell as it is (runs at every measurement)."""
         for column, value in values.items():
             if isinstance(value, Tensor):

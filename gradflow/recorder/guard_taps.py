@@ -24,7 +24,7 @@ from gradflow.recorder.layer_taps import Occurrences, module_layer
 from gradflow.recorder.measurable import measurable
 from gradflow.tracing.attachment import FUSED, Attachment
 from gradflow.tracing.modules import survey, tensors_in
-from gradflow.tracing.reentrant import follows_gradients
+from gradflow.tracing.reentrant import current_backward, follows_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from gradflow.records import Layer
     from gradflow.statistics import Number
 
-_current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
 _is_compiling = torch.compiler.is_compiling
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # noqa: SLF001  what autograd saves goes elsewhere
 
@@ -86,13 +85,13 @@ class GuardTaps:
 
     def _entered(self, _path: str, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         """Runs before every forward of a module with parameters."""
-        if not _is_compiling() and _current_backward() == -1:
+        if not _is_compiling() and current_backward() == -1:
             self._calls += 1
             self._running.append(self._calls)
 
     def _exited(self, path: str, module: nn.Module, output: Any) -> None:
         """Runs after every forward of a module with parameters."""
-        if _is_compiling() or _current_backward() != -1 or not self._running:
+        if _is_compiling() or current_backward() != -1 or not self._running:
             return
         try:
             if self._running.pop() == self._calls:  # no other ran inside
@@ -197,7 +196,7 @@ class _Backwards(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation (runs at every operation of a guarded step)."""
-        if func is not _backward or _current_backward() != -1:
+        if func is not _backward or current_backward() != -1:
             return func(*args, **kwargs) if kwargs else func(*args)
         self._told(lambda: self._before(args[0]))
         out = func(*args, **(kwargs or {}))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from gradflow.recorder.buffer import Buffer
     from gradflow.records import Addend, Join, Node, Structure
+    from gradflow.statistics import Number
 
 _SKIP = -1
 
@@ -82,7 +83,7 @@ class JoinGradients:
 
         return use
 
-    def _put(self, **values: Tensor | float) -> None:
+    def _put(self, **values: Number) -> None:
         for branch in self.join.branches:
             self._buffer.put("branches", branch.name, dict(values))
 

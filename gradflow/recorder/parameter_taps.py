@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradflow.recorder.buffer import Buffer
+    from gradflow.statistics import Number
 
 
 _COLUMNS = {"square": "grad_sq", "largest": "grad_max", "zeros": "grad_zeros", "nonfinite": "nonfinite"}
@@ -43,8 +44,8 @@ class ParameterTaps:
         self._norm_only = norm_only
         self._parameters = {n: p for n, p in parameter_names(model).items() if not nn.parameter.is_lazy(p) and owned(p)}
         self._before: dict[str, Tensor] = {}
-        self._gradients: dict[str, dict[str, Tensor | float | None]] = {}
-        self._weights: dict[str, Tensor | float] = {}
+        self._gradients: dict[str, dict[str, Number | None]] = {}
+        self._weights: dict[str, Number] = {}
         self._by_id = {id(p): n for n, p in self._parameters.items()}
 
     def start(self) -> None:
@@ -118,10 +119,10 @@ def _visible(gradient: Tensor) -> Tensor | None:
     return gradient.coalesce() if gradient.layout == torch.sparse_coo else measurable(gradient.detach())
 
 
-def _squares(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | float]:
+def _squares(tensors: Mapping[str, Tensor | None]) -> dict[str, Number]:
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     return dict(zip(present, statistics.sum_squares_each(list(present.values())), strict=True))
 
 
-def _measured(gradient: Tensor) -> dict[str, Tensor | float | None]:
+def _measured(gradient: Tensor) -> dict[str, Number | None]:
     return {_COLUMNS[name]: value for name, value in statistics.measure(gradient, tuple(_COLUMNS)).items()}

@@ -17,8 +17,10 @@ from gradflow.tracing.reentrant import checkpoints
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
     from torch.utils.hooks import RemovableHandle
+
+    from gradflow.statistics import Number
 
 
 class _Gradients(Buffer):
@@ -29,7 +31,7 @@ class _Gradients(Buffer):
         self._whole = whole
         self._points = points
 
-    def put(self, table: str, name: str, values: dict[str, Tensor | float | None]) -> None:
+    def put(self, table: str, name: str, values: dict[str, Number | None]) -> None:
         """See `Buffer.put`."""
         kept = {column: value for column, value in values.items() if column.startswith("grad_")}
         if not kept or table not in {"branches", "layers"}:

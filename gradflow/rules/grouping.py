@@ -103,4 +103,3 @@ def _follows(finding: Finding, root: Finding) -> bool:
             return finding.severity == "info" or bool(mine["cause"] == "update")
         case _:
             return root.code != "signal-explosion" or older
-

@@ -1,4 +1,4 @@
-"""Whether a reentrant checkpoint is running: its first forward runs without gradient and is followed all the same."""
+"""Whether a backward pass is running, or a reentrant checkpoint, whose first forward is followed without gradient."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _MOST_FRAMES = 400
 _MOST_NODES = 100_000
 _NAME = "CheckpointFunctionBackward"
+current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
 
 
 def follows_gradients() -> bool:

@@ -13,6 +13,7 @@ from gradflow.tracing.attachment import Attachment
 from gradflow.tracing.frames import Frames
 from gradflow.tracing.modules import survey, tensors_in
 from gradflow.tracing.operations import Operation, operation
+from gradflow.tracing.reentrant import current_backward
 from gradflow.tracing.register import Register
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from gradflow.tracing.observation import Observer
 
 _BACKWARD = frozenset({"backward", "grad"})
-_current_backward = torch._C._current_graph_task_id  # noqa: SLF001  -1 outside a backward pass
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 _Pending = tuple[Operation, tuple[int, ...], "tuple[_Args, _Kwargs, Any] | None"]
@@ -122,7 +122,7 @@ class Tracer(TorchFunctionMode):
     # ---------------------------------------------------------------- module calls
 
     def _enter_call(self, path: str, module: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
-        if self._failed or (_current_backward() != -1 and not self.recomputes):
+        if self._failed or (current_backward() != -1 and not self.recomputes):
             return
         try:
             with torch._C.DisableTorchFunction():  # noqa: SLF001
@@ -133,7 +133,7 @@ class Tracer(TorchFunctionMode):
             self._fault(error)
 
     def _exit_call(self, path: str, module: nn.Module, output: Any) -> None:
-        if self._failed or (_current_backward() != -1 and not self.recomputes):
+        if self._failed or (current_backward() != -1 and not self.recomputes):
             return
         place = self._frames.running(path)
         if place is None:  # the mode was opened, or the pass taken, inside this forward
@@ -156,7 +156,7 @@ class Tracer(TorchFunctionMode):
         """Run one operation and put it into the graph (runs at every operation)."""
         kwargs = kwargs or {}
         what = operation(func)
-        if what.unseen or self._failed or (_current_backward() != -1 and not self.recomputes):
+        if what.unseen or self._failed or (current_backward() != -1 and not self.recomputes):
             return func(*args, **kwargs)
         if what.name in self._watches:
             return self._observed(what, func, args, kwargs)

@@ -21,7 +21,6 @@ from gradflow.store.grids import View
 from zoo import judging
 
 DOCS = Path(__file__).parents[2] / "docs"
-PICTURES = {picture.key: picture for picture in gallery.PICTURES}
 WIDTH, HEIGHT = 9.4, 3.6  # inches
 
 
@@ -30,7 +29,7 @@ def twins(picture, sick, sound, findings, *, titles) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 0.93)), facecolor="white")
     axes = figure.subplots(1, 2)
     for ax, run, found in zip(axes, (sick, sound), (findings, ()), strict=True):
-        picture.plot(View.of(run), ax, **({"findings": found} if picture.marks else {}))
+        picture.paint(View.of(run), ax, found)
     on_one_scale(axes)
     figure.draw_without_rendering()
     for ax, title in zip(axes, titles, strict=True):
@@ -60,7 +59,7 @@ def draw(code):
     sound = f"healthy: {example['twin']}" if example["twin"] else "with the first remedy"
     findings = [finding for finding in judged.findings if finding.code == code]
     titles = (f"{code}: {example['run']}", sound)
-    return twins(PICTURES[RULES[code].picture], judged.run, judged.twin, findings, titles=titles)
+    return twins(gallery.BY_KEY[RULES[code].picture], judged.run, judged.twin, findings, titles=titles)
 
 
 def main(codes):
