@@ -365,6 +365,14 @@ def test_a_factor_that_is_a_tensor_is_read():
     assert [addend.scale for addend in join.addends] == [0.5]
 
 
+def test_an_input_that_a_map_outside_the_model_made_is_data():
+    net = Net(lambda m, x: x + torch.relu(m.f(x)) @ m.w, f=nn.Linear(D, D))
+    net.w = nn.Parameter(torch.rand(D, D))
+    _, structure = discover(nn.Sequential(net), nn.Linear(D, D)(X))
+    assert [branch.name for branch in structure.branches] == names(nn.Sequential(net), X) == ["0"]
+    assert not structure.problems
+
+
 # ------------------------------------------------------------------------------------------- wrapped and cast models
 
 

@@ -83,9 +83,8 @@ class Register(Sequence[Node]):
         node = self.node_of(tensor)
         if node is not None:
             return node
-        if tensor.grad_fn is not None:
-            return self._resolved(tensor)
-        return self._outside(tensor, kind or ("constant" if self.call >= 0 else "input"))
+        kind = kind or ("constant" if self.call >= 0 else "input")
+        return self._outside(tensor, kind) if tensor.grad_fn is None else self._resolved(tensor, kind)
 
     def parents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Nodes of the tensors among an operation's arguments (runs at every operation)."""
@@ -181,8 +180,11 @@ class Register(Sequence[Node]):
 
     # ---------------------------------------------------------------- what only autograd knows
 
-    def _resolved(self, tensor: Tensor) -> int:
-        """Node of a tensor that autograd knows and the register does not, by its autograd graph."""
+    def _resolved(self, tensor: Tensor, kind: str) -> int:
+        """Node of a tensor that autograd knows and the register does not, by its autograd graph.
+
+        What a model is given (`kind` is `"input"`) and comes from parameters alone was made of data before the pass.
+        """
         function = tensor.grad_fn
         edges = self._filed_edges()
         known = edges.get((function, tensor.output_nr))
@@ -191,6 +193,8 @@ class Register(Sequence[Node]):
             return known
         name = function.name() if function is not None else "tensor"
         parents, learned = self._walk(function, edges)
+        if kind == "input" and all(self.rows[parent][1] == "parameter" for parent in parents):
+            return self._outside(tensor, kind)
         if len(parents) == 1 and not learned and self._only_handed_on(tensor, parents[0]):
             return self.add(tensor, "alias", tuple(parents), {})
         reason = "made where the trace cannot see, followed by its autograd graph" if parents else "unknown origin"
