@@ -299,6 +299,81 @@ class SmallBranch(Net):
         return x
 
 
+class Stacked(Net):
+    """A sum over a stack: of the skip and a branch, of two branches and the skip between them."""
+
+    count = 4
+
+    def joined(self, x):
+        a = self.sub
+        x = torch.stack([x, a[0](x)]).sum(0)
+        x = torch.stack([a[1](x), x], dim=-1).sum(-1)
+        return torch.stack([a[2](x), x, a[3](x)], dim=1).sum(dim=1)
+
+    def listed(self, x, tape):
+        a = self.sub
+        return tape.join(tape.join(tape.join(x, a[0]), a[1]), a[2], a[3])
+
+
+class FusedProduct(Net):
+    """The branch is a product, or a quotient, that no tensor holds; once the sum overwrites the skip."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(D) + 0.5)
+
+    def joined(self, x):
+        x = torch.addcmul(x, self.gain, self.sub[0](x), value=0.5)
+        h = self.sub[1](x)
+        x = x.clone().addcmul_(h, torch.sigmoid(h), value=-2)
+        return torch.addcdiv(x, self.sub[2](x), self.gain)
+
+    def listed(self, x, tape):
+        def gated(t):
+            h = self.sub[1](t)
+            return h * torch.sigmoid(h)
+
+        x = tape.join(x, lambda t: self.gain * self.sub[0](t), scales=[0.5])
+        x = tape.join(x, gated, scales=[-2.0])
+        return tape.join(x, lambda t: self.sub[2](t) / self.gain)
+
+
+class FusedMap(Net):
+    """The branch's last map and the sum are one operation, with a factor for each operand."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, D, D) / 3)
+
+    def joined(self, x):
+        for f in self.sub:
+            x = torch.baddbmm(x, f(x), self.w, beta=0.5, alpha=2)
+        return x
+
+    def listed(self, x, tape):
+        for f in self.sub:
+            x = tape.join(x, lambda t, f=f: f(t) @ self.w, skip=lambda s: 0.5 * s, scales=[2.0])
+        return x
+
+
+class Interpolated(Net):
+    """(1 - w)·x + w·f(x) in one operation, with a number and with a learned weight, and the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(0.3))
+
+    def joined(self, x):
+        x = torch.lerp(x, self.sub[0](x), 0.25)
+        x = torch.lerp(x, self.sub[1](x), self.share)
+        return self.sub[2](x).lerp(x, 0.25)
+
+    def listed(self, x, tape):
+        x = tape.join(x, self.sub[0], skip=lambda s: 0.75 * s, scales=[0.25])
+        x = tape.join(x, lambda t: self.share * self.sub[1](t), skip=lambda s: (1 - self.share) * s)
+        return tape.join(x, self.sub[2], skip=lambda s: 0.25 * s, scales=[0.75])
+
+
 class Projection(Net):
     """The skip is mapped."""
 
@@ -318,7 +393,8 @@ class Projection(Net):
 
 NETS = [
     PreNorm, Swapped, OverwrittenView, ScaledSkip, LearnedGain, Subtracted, Alpha, InPlace, Parallel, ForkOfTwo, Nested, Shared,
-    DetachedBranch, DetachedSkip, PostNorm, Broadcast, FromInput, SmallBranch, Projection,
+    DetachedBranch, DetachedSkip, PostNorm, Broadcast, FromInput, SmallBranch, Projection, Stacked, FusedProduct, FusedMap,
+    Interpolated,
 ]  # fmt: skip
 
 

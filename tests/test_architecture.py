@@ -22,10 +22,10 @@ LEVELS = [
         "corpus",
     ],
     [
-        """tracing.operations tracing.axes tracing.modules tracing.lineage tracing.register tracing.reentrant tracing.frames
-        tracing.attachment tracing.observation tracing.tracer tracing""",
+        """tracing.operations tracing.axes tracing.modules tracing.lineage tracing.register tracing.composites
+        tracing.reentrant tracing.frames tracing.attachment tracing.observation tracing.tracer tracing""",
         """residuals.families residuals.likeness residuals.roles residuals.ancestry residuals.sums residuals.paths
-        residuals.fused residuals.joins residuals.naming residuals.streams residuals.trunks residuals.analysis
+        residuals.joins residuals.naming residuals.streams residuals.trunks residuals.analysis
         residuals""",
         "host_sums statistics geometry attention",
         "metrics",
@@ -39,6 +39,7 @@ LEVELS = [
     [
         """recorder.buffer recorder.measurable recorder.hooks recorder.join_taps recorder.join_gradients recorder.ledgers
         recorder.layer_taps recorder.parameter_taps recorder.stream_taps recorder.attention_taps recorder.plans
+        recorder.addition_taps
         recorder.guard_taps recorder.guard
         recorder.taps recorder.recomputation recorder.description recorder.options recorder.recording recorder.sharding
         recorder.scaling recorder.stepping recorder.recorder recorder""",

@@ -13,7 +13,11 @@ from gradflow.residuals import analyse
 from gradflow.tracing import Tracer
 
 D = 4
-SUMS = ("x + f", "f + x", "x - f", "inplace", "alpha", "sum", "scaled")
+SUMS = (
+    "x + f", "f + x", "x - f", "inplace", "alpha", "sum", "scaled", "stack", "addcmul", "addcmul_", "addcdiv", "addmm",
+    "lerp", "lerp, learned",
+)  # fmt: skip
+SCALING = ("scaled", "addmm", "lerp", "lerp, learned")
 QUICK = settings(max_examples=60, deadline=None)
 
 
@@ -50,6 +54,7 @@ class Block(nn.Module):
     def __init__(self, plan):
         super().__init__()
         self.plan, self.norm = plan, nn.LayerNorm(D)
+        self.gain, self.map, self.share = (nn.Parameter(torch.rand(shape)) for shape in ((D,), (D, D), ()))
         self.f = nn.ModuleList(Inner(plan.nested) for _ in range(plan.branches))
 
     def forward(self, x):
@@ -61,10 +66,14 @@ class Block(nn.Module):
         how = self.plan.sum
         if how == "sum":
             return sum([*branches[:1], x, *branches[1:]])
+        if how == "stack":
+            return torch.stack([*branches[:1], x, *branches[1:]], dim=1).sum(1)
         if how == "scaled":
             x = 0.5 * x
-        for f in branches:
-            if how in ("x + f", "scaled"):
+        if how == "addcmul_":
+            x = x.clone()
+        for place, f in enumerate(branches):
+            if how in ("x + f", "scaled") or (how in SCALING and place):  # a sum of scaled sums is no longer one
                 x = x + f
             elif how == "f + x":
                 x = f + x
@@ -73,9 +82,22 @@ class Block(nn.Module):
             elif how == "inplace":
                 f += x
                 x = f
-            else:
+            elif how == "alpha":
                 x = torch.add(x, f, alpha=0.5)
+            else:
+                x = self.fused(how, x, f)
         return x
+
+    def fused(self, how, x, f):
+        if how == "addcmul":
+            return torch.addcmul(x, self.gain, f, value=-0.5)
+        if how == "addcmul_":
+            return x.addcmul_(f, self.gain)
+        if how == "addcdiv":
+            return x.addcdiv(f, 1 + self.gain)
+        if how == "addmm":
+            return torch.baddbmm(x, f, self.map.expand(len(x), D, D), beta=0.5)
+        return torch.lerp(x, f, 0.25 if how == "lerp" else self.share)
 
 
 class Stack(nn.Module):
@@ -166,7 +188,7 @@ def test_the_outer_joins_make_one_stream(net):
     assert len(streams) == 1
     assert list(streams[0].nodes[1:]) == outer
     between = [net.blocks[place].plan.placement for place in called[:-1]]
-    scaled = any(net.blocks[place].plan.sum == "scaled" for place in called)
+    scaled = any(net.blocks[place].plan.sum in SCALING for place in called)
     assert streams[0].exact == ("post-norm" not in between and not scaled)
 
 
@@ -177,13 +199,25 @@ def test_the_addends_sum_to_the_joins_output(net):
     values = {}
 
     class Watch:
-        watches = frozenset({"add", "sub"})
+        watches = frozenset({"add", "sub", "sum", "addcmul", "addcdiv", "baddbmm", "lerp"})
 
         def before(self, op, func, args, kwargs, operands):
-            return [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args[:2]]
+            return [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
 
         def after(self, node, op, func, args, kwargs, out, token):
-            values[node] = (*token, out.detach().clone())
+            if op == "sum":  # nodes of its partial sums come right before it
+                parts = token[0].unbind(token[1])
+                for place in range(1, len(parts)):
+                    before = sum(parts[:place])
+                    values[node - len(parts) + 1 + place] = (before, parts[place], before + parts[place])
+                return
+            if op == "lerp":
+                x, y, w = token
+                operands = (x * (1 - w), y * w) if isinstance(w, torch.Tensor) else (x, y)
+            else:
+                combine = {"addcmul": torch.mul, "addcdiv": torch.div, "baddbmm": torch.matmul}.get(op)
+                operands = (token[0], combine(*token[1:3])) if combine else token[:2]
+            values[node] = (*operands, out.detach().clone())
 
         def entered(self, *_): ...
         def exited(self, *_): ...

@@ -71,7 +71,7 @@ LAYERS = {
     "operands of the trace": (tracing.Tracer, "_parents"),
     "module calls": (frames.Frames, "begin"),
     "ends of module calls": (frames.Frames, "end"),
-    "additions": (taps.Taps, "_before_addition"),
+    "additions": (taps.AdditionTaps, "before"),
     "the end of a pass": (taps.Taps, "_finish_pass"),
     "the analysis": (taps, "analyse"),
     "a module's output": (taps.Taps, "_await_backward"),

@@ -15,7 +15,7 @@ from gradflow import statistics
 from gradflow.recorder.measurable import measurable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.utils.hooks import RemovableHandle
 
@@ -117,18 +117,19 @@ class Hooks:
             self._handles.pop().remove()
 
 
-def inputs_reaching(node: Any, position: int, target: Edge) -> list[Edge] | None:
-    """Where the path that leaves autograd node `node` at input `position` arrives at `target`.
+def inputs_reaching(node: Any, positions: Sequence[int], target: Edge, *, of: int = 2) -> list[Edge] | None:
+    """Where the paths that leave autograd node `node` at the inputs `positions` arrive at `target`.
 
     Each result is a node and the number of its input that is `target`; the gradients sent there add up to what comes
-    back along the path. Empty if no gradient goes from one to the other; None if the graph cannot tell.
+    back along the paths. Empty if no gradient goes from one to the other; None if the graph cannot tell, as where the
+    node has more inputs than the operation (`of`).
     """
     node = _overwriter(node)
-    if position >= len(node.next_functions) or len(node.next_functions) > 2:
+    if max(positions) >= len(node.next_functions) or len(node.next_functions) > of:
         return None
     found: list[Edge] = []
     seen: set[Any] = set()
-    queue: list[Edge] = [(node, position)]
+    queue: list[Edge] = [(node, position) for position in positions]
     # Nodes are numbered as they are made: older ones cannot lead to the target (a leaf has the largest number of all).
     oldest = 0 if hasattr(target[0], "variable") else target[0]._sequence_nr()  # noqa: SLF001
     while queue:

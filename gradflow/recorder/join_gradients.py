@@ -49,16 +49,16 @@ class JoinGradients:
         if join.fork not in edges:
             return
         self.fork = edges[join.fork]
-        skip = _ends(join.skip, edges, self.fork)
+        skip = _ends(join.skip, edges, nodes, self.fork)
         if not skip:
             for behind, ordered in behind_views(self.fork):
-                ends = _ends(join.skip, edges, behind)
+                ends = _ends(join.skip, edges, nodes, behind)
                 if ends:
                     self.fork, self.in_order, skip = behind, ordered, ends
                     break
         if skip or (skip is not None and _is_cut(join, nodes)):
             self._known = True
-            self._group([_ends(addend, edges, self.fork) for addend in join.addends], skip)
+            self._group([_ends(addend, edges, nodes, self.fork) for addend in join.addends], skip)
         self._hooks.gradient(self.fork, self._at_fork)
 
     def _group(self, branches: list[list[Edge] | None], skip: list[Edge]) -> None:
@@ -143,10 +143,11 @@ def closed_joins(structure: Structure, nodes: Sequence[Node]) -> frozenset[int]:
     )  # fmt: skip
 
 
-def _ends(addend: Addend, edges: Mapping[int, Edge], fork: Edge) -> list[Edge] | None:
+def _ends(addend: Addend, edges: Mapping[int, Edge], nodes: Sequence[Node], fork: Edge) -> list[Edge] | None:
     """Where the path of an operand arrives at the fork; empty if autograd does not follow it."""
-    addition = edges.get(addend.addition)
-    return [] if addition is None else inputs_reaching(addition[0], addend.position, fork)
+    reader, count, *inputs = nodes[addend.addition].detail.get("inputs", (-1, 2, (0,), (1,)))
+    addition = edges.get(addend.addition if reader < 0 else reader)
+    return [] if addition is None else inputs_reaching(addition[0], inputs[addend.position], fork, of=count)
 
 
 def _is_cut(join: Join, nodes: Sequence[Node]) -> bool:

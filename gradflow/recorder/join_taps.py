@@ -81,25 +81,26 @@ class JoinTaps:
     # ------------------------------------------------------------------ while the pass runs
 
     def before(
-        self, operands: tuple[Tensor, Tensor], numbers: tuple[int, int], factor: float, nodes: Sequence[Node], *,
-        inplace: bool, keep: bool, expand: bool,
+        self, operands: tuple[Tensor, Tensor], numbers: tuple[int, int], factors: tuple[float, float],
+        nodes: Sequence[Node], *, addition: int, inplace: bool, keep: bool, stack: int = -1,
     ) -> Sum:  # fmt: skip
-        """Measure the operands of an addition x + factor·y that is about to run.
+        """Measure the operands of an addition beta·x + alpha·y that is about to run.
 
-        `keep` holds the operands until they may enter a larger sum (a partial sum of a join with several branches);
-        `expand` takes operands that are partial sums apart.
+        `numbers` are the operands' nodes, `factors` beta and alpha, `addition` the node that it will be, `stack` the
+        one that it sums, if any. Operands that are partial sums are taken apart; `keep` holds operands until they may
+        enter a larger sum (a partial sum of a join with several branches).
         """
         x, y = (operand.detach() for operand in operands)
         shape = statistics.broadcast_shape(tuple(x.shape), tuple(y.shape))
-        entry = Sum(len(nodes), shape, nodes[numbers[0]].channel_dim)
+        entry = Sum(addition, shape, nodes[numbers[0]].channel_dim)
         kept = (x.clone() if inplace and keep else x, y) if keep else (None, None)
         entry.leaves = [
-            self._term(entry, 0, x, 1.0, kept[0], numbers[0]), self._term(entry, 1, y, factor, kept[1], numbers[1])
-        ]  # fmt: skip
+            self._term(entry, 0, x, factors[0], kept[0], numbers[0]),
+            self._term(entry, 1, y, factors[1], kept[1], numbers[1]),
+        ]
         entry.terms = {term.place: term for term in entry.leaves}
-        entry.dots[frozenset(entry.terms)] = statistics.dot(x, y) * factor
-        if expand:
-            self._expand(entry, (x, y), numbers, nodes)
+        entry.dots[frozenset(entry.terms)] = statistics.dot(x, y) * (factors[0] * factors[1])
+        self._expand(entry, (x, y), numbers, nodes, stack)
         return entry
 
     def _term(self, entry: Sum, position: int, value: Tensor, scale: float, kept: Tensor | None, node: int) -> Term:
@@ -116,12 +117,12 @@ class JoinTaps:
         return Term((entry.node, position), 1.0, square, sample, kept, version).scaled(scale)
 
     def _expand(
-        self, entry: Sum, operands: tuple[Tensor, Tensor], numbers: tuple[int, int], nodes: Sequence[Node]
+        self, entry: Sum, operands: tuple[Tensor, Tensor], numbers: tuple[int, int], nodes: Sequence[Node], stack: int
     ) -> None:
         """Take operands that are partial sums apart into the operands of those."""
         groups: list[list[tuple[Term, Tensor]]] = []
         for term, operand, number in zip(entry.leaves, operands, numbers, strict=True):
-            partial = self._partial(number, nodes)
+            partial = self._partial(number, nodes, {entry.node, stack})
             parts = [] if partial is None else [(p.scaled(term.scale), p.value) for p in partial.leaves if p.fresh]
             if partial is None or len(parts) < len(partial.leaves):
                 groups.append([(term, operand)])
@@ -137,9 +138,9 @@ class JoinTaps:
         entry.leaves = leaves
         entry.terms.update({leaf.place: leaf for leaf in leaves})
 
-    def _partial(self, number: int, nodes: Sequence[Node]) -> Sum | None:
-        """The measured sum that an operand is, looking through dropout, if nothing but this addition has used it."""
-        node, chain = nodes[number], {number}
+    def _partial(self, number: int, nodes: Sequence[Node], readers: set[int]) -> Sum | None:
+        """The measured sum that an operand is, looking through dropout, if nothing but `readers` has used it."""
+        node, chain = nodes[number], {number, *readers}
         while node.op in _SILENT and len(node.parents) == 1:
             node = nodes[node.parents[0]]
             chain.add(node.index)

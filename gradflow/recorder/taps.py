@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradflow.recorder.addition_taps import ADDITIONS, AdditionTaps
 from gradflow.recorder.attention_taps import ATTENTION, AttentionTaps
 from gradflow.recorder.hooks import Hooks, undisturbed
 from gradflow.recorder.join_gradients import JoinGradients
-from gradflow.recorder.join_taps import JoinTaps
 from gradflow.recorder.layer_taps import ACTIVATIONS, LayerTaps, is_activation
 from gradflow.recorder.ledgers import SEPARATOR
 from gradflow.recorder.measurable import measurable
@@ -33,14 +33,13 @@ if TYPE_CHECKING:
     from gradflow.recorder.plans import Plans
     from gradflow.records import Node, Structure
 
-_ADDITIONS = frozenset({"add", "sub"})
 _when_done = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001  runs when a backward is over
 
 
 class Taps:
     """The observer of one sampled step (see `tracing.observation.Observer`)."""
 
-    watches = _ADDITIONS | ACTIVATIONS | ATTENTION
+    watches = ADDITIONS | ACTIVATIONS | ATTENTION
 
     def __init__(
         self, model: nn.Module, buffer: Buffer, plans: Plans, *, rows: int, tables: frozenset[str],
@@ -67,9 +66,9 @@ class Taps:
         self._new_pass()
 
     def _new_pass(self) -> None:
-        self._joins = JoinTaps(self._rows)
+        self._additions = AdditionTaps(self.tracer, self._plans, self._rows)
+        self._joins = self._additions.joins
         self._streams = StreamTaps(self.buffer, self.hooks, self._rows)
-        self._additions: dict[int, int] = {}
         self._number += 1
         self.hooks.live = True
         if self.layers is not None:
@@ -96,41 +95,13 @@ class Taps:
         self, op: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: tuple[int | None, ...]
     ) -> Any:
         """Measure the operands of an addition that may be a join (runs at every addition of a sampled step)."""
-        if op not in _ADDITIONS or not self._tables & {"branches", "streams"}:
+        if op not in ADDITIONS or not self._tables & {"branches", "streams"}:
             return None
         try:
-            return self._before_addition(op, func, args, kwargs, operands)
+            return self._additions.before(op, func, args, kwargs, operands)
         except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
             self._on_error(error)
             return None
-
-    def _before_addition(
-        self, op: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: tuple[int | None, ...]
-    ) -> Any:
-        if len(operands) < 2 or operands[0] is None or operands[1] is None:
-            return None
-        x, y = args[0], args[1]
-        nodes = self.tracer.nodes
-        if not _summable(x, y) or "parameter" in (nodes[operands[0]].op, nodes[operands[1]].op):
-            return None
-        before = self.tracer.fingerprint()
-        role = self._plans.roles.get(before, "new")
-        if role == "other":
-            return None
-        factor = float(kwargs.get("alpha", 1)) * (-1 if op == "sub" else 1)
-        for operand, node in ((x, operands[0]), (y, operands[1])):
-            if operand.grad_fn is not None:  # a custom function gives its result another node when it is done
-                self.tracer.edges[node] = (operand.grad_fn, operand.output_nr)
-        with undisturbed():
-            x, y = measurable(x), measurable(y)
-            if x is None or y is None:
-                return None
-            keep = role in {"new", "partial"} and not (x.is_inference() or y.is_inference())
-            entry = self._joins.before(
-                (x, y), (operands[0], operands[1]), factor, nodes,
-                inplace=_overwrites(func), keep=keep, expand=role in {"new", "join", "partial"},
-            )  # fmt: skip
-        return before, entry
 
     def after(
         self, node: int, op: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, token: Any
@@ -141,11 +112,7 @@ class Taps:
             grad = follows_gradients()
             with undisturbed():
                 if token is not None:
-                    before, entry = token
-                    self._additions[node] = before
-                    sum_ = measurable(out)
-                    if sum_ is not None:
-                        self._joins.after(entry, node, made.call, sum_)
+                    self._additions.after(token, node, made.call, out)
                 elif self.layers is not None and is_activation(op, args, kwargs):
                     self.layers.activation(op, made.scope, made.call, out, made.channel_dim, grad=grad)
                 elif op in ATTENTION and self.attention is not None and _all_measurable(args, kwargs):
@@ -247,7 +214,7 @@ class Taps:
             self.attention.finish(graph.nodes)
         plan = self._plans.structures.get(fingerprint)
         if plan is None:
-            plan = self._plans.remember(fingerprint, graph, analyse(graph), self._additions)
+            plan = self._plans.remember(fingerprint, graph, analyse(graph), self._additions.fingerprints)
         structure, closed = plan
         self.structures.append(structure)
         gradients: dict[int, JoinGradients] = {}
@@ -281,21 +248,8 @@ class Taps:
         self._passes.clear()
 
 
-def _summable(x: Any, y: Any) -> bool:
-    """Whether two operands can be parts of a join: real tensors with features, of shapes that broadcast."""
-    return (
-        isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and y.is_floating_point()
-        and x.dim() > 0 and y.dim() > 0 and x.layout == torch.strided and y.layout == torch.strided
-    )  # fmt: skip
-
-
 def _all_measurable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(measurable(tensor) is tensor for tensor in tensors_in((args, kwargs), 2))
-
-
-def _overwrites(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in {"__iadd__", "__isub__"} or (name.endswith("_") and not name.endswith("__"))
 
 
 def _points_computed_again(structure: Structure, nodes: Sequence[Node], edges: dict[int, Any]) -> dict[str, str]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gradflow.records import Branch, Join, Problem, Structure
-from gradflow.residuals.fused import fused_sums
 from gradflow.residuals.joins import JoinFinder
 from gradflow.residuals.naming import name_branches
 from gradflow.residuals.paths import begins_with_norm
@@ -40,7 +39,7 @@ def analyse(graph: Graph) -> Structure:
         replace(trunk, name=f"{trunk.name}@trunk") if trunk.name in names_taken else trunk
         for trunk in find_trunk(graph, roles, joins)
     )
-    problems = [*graph.problems, *fused_sums(roles, finder.ancestry)]
+    problems = [*graph.problems]
     if roles.exhausted:
         problems.append(Problem("long ways", "", "so many sums reach far back that not all could be looked into"))
     return Structure(tuple(joins), streams, tuple(problems))

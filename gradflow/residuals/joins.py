@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from gradflow.residuals import families
 from gradflow.residuals.ancestry import Ancestry
-from gradflow.residuals.fused import fused_operands
 from gradflow.residuals.likeness import size, wide_dims
 from gradflow.residuals.paths import enters_by_itself, enters_otherwise, is_learned_twice
 from gradflow.residuals.sums import Sums, all_but_one
@@ -70,7 +69,6 @@ class JoinFinder:
         repeated = set(roles.twins.values())
         forks: set[int] = set()
         operands = [p for index in self._sums.all for p in self._nodes[index].parents[:2]]
-        operands += [p for node in self._nodes for p in fused_operands(roles, node)]
         for operand in dict.fromkeys(operands):
             if self._nodes[operand].floating:
                 ways = (*roles.like.chain(operand), *(fork for fork, _ in self._behind_one_map(operand)))
@@ -131,7 +129,7 @@ class JoinFinder:
     def _with_offset(self, index: int, operands: list[Addend]) -> Match | None:
         """A skip that another tensor was added to on its way: `(x + c) + f(x)`; the sum of both enters the join."""
         for skip, other in (operands, operands[::-1]):
-            partial = self._sums.partial(skip.node, index)
+            partial = self._sums.partial(skip, index)
             if partial is None or partial in self._joins:
                 continue
             for leaf in self._sums.leaves(partial)[0]:

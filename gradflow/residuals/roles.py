@@ -47,8 +47,13 @@ class Roles:
         self.like = Likeness(self)
         self._between: dict[tuple[int, int], list[int]] = {}
         self._visits = 0
+        self._stacks: list[tuple[int, int]] = []  # stacks that were summed, with the last addition of the sum
         for node in nodes:
             self._add(node)
+        for stack, addition in self._stacks:
+            if self.consumers[stack] == [addition]:  # what reads its parts is the sum
+                for part in dict.fromkeys(nodes[stack].parents):
+                    self.consumers[part].remove(stack)
 
     def _add(self, node: Node) -> None:
         index, parents = node.index, node.parents
@@ -74,8 +79,8 @@ class Roles:
         if node.floating:
             self.data[index] = data or (weights is not None and from_input)
             self.sources[index] = tuple(sources)
-            if node.op in families.SLICES and "index" in node.detail:
-                self._note_twin(node)
+            if node.detail:
+                self._note(node)
 
     def _source(self, node: Node) -> None:
         index = node.index
@@ -85,8 +90,12 @@ class Roles:
         self.parametric[index] = node.op == "parameter" and not node.detail.get("buffer")
         self.weighty[index] = (self.parametric[index] or outside) and node.floating
 
-    def _note_twin(self, node: Node) -> None:
-        """Remember a slice, or the earlier one that it repeats."""
+    def _note(self, node: Node) -> None:
+        """Remember a sum over a stack, and a slice, or the earlier one that it repeats."""
+        if "stack" in node.detail:
+            self._stacks.append((node.detail["stack"], node.index))
+        if node.op not in families.SLICES or "index" not in node.detail:
+            return
         key = node.op, node.parents[0], node.detail["index"]
         first = self._slices.setdefault(key, node.index)
         if first != node.index:

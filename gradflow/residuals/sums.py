@@ -53,10 +53,10 @@ class Sums:
     def operands(self, index: int, scale: float = 1.0) -> list[Addend]:
         """The two operands of an addition, with the sign and factor that they enter with, times `scale`."""
         node = self._nodes[index]
-        alpha = float(node.detail.get("alpha", 1))
+        alpha, beta = float(node.detail.get("alpha", 1)), float(node.detail.get("beta", 1))
         first, other = node.parents[:2]
         return [
-            Addend(first, scale, index, 0),
+            Addend(first, scale * beta, index, 0),
             Addend(other, scale * (-alpha if node.op == "sub" else alpha), index, 1),
         ]
 
@@ -67,7 +67,7 @@ class Sums:
         queue = self.operands(index)
         while queue:
             addend = queue.pop(0)
-            partial = self.partial(addend.node, index)
+            partial = self.partial(addend, index)
             if partial is None:
                 found.append(addend)
             else:
@@ -75,9 +75,14 @@ class Sums:
                 queue = self.operands(partial, addend.scale) + queue
         return found, frozenset(opened)
 
-    def partial(self, index: int, total: int) -> int | None:
-        """The sum behind an operand, if it is evaluated in the same call as the total and used for it alone."""
-        whole = self._nodes[total]
+    def partial(self, addend: Addend, total: int) -> int | None:
+        """The sum behind an operand, if it is evaluated in the same call as the total and used for it alone.
+
+        None where an operation scales both its operands before it adds them: written out, products would stand between.
+        """
+        if "beta" in self._nodes[addend.addition].detail:
+            return None
+        index, whole = addend.node, self._nodes[total]
         while True:
             node = self._nodes[index]
             if len(self._roles.consumers[index]) != 1 or index in self._returned or node.shape != whole.shape:

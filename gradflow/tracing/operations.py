@@ -40,7 +40,7 @@ _FACTORIES = frozenset({
     "blackman_window", "kaiser_window", "range", "empty_permuted", "complex_empty", "frombuffer",
 })  # fmt: skip
 # The analysis needs more of them than their tensors.
-_DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute", "getitem", "narrow", "select"})
+_DETAILED = frozenset({"add", "sub", "pow", "transpose", "permute", "getitem", "narrow", "select", "stack"})
 # Only the first operand's values enter; the others lend a shape or a dtype.
 _LIKE_FIRST = frozenset({"type_as", "to", "expand_as", "view_as", "reshape_as"})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -51,7 +51,7 @@ class Register(Sequence[Node]):
         self.problems: list[Problem] = []
         self.rows: list[Row] = []
         self._lineage = RowLineage(self.rows)
-        self._refs: list[weakref.ref[Tensor]] = []
+        self._refs: list[Callable[[], Tensor | None]] = []
         self.entries: dict[int, tuple[weakref.ref[Tensor], int, int, bool]] = {}
         self.overwrites = False  # versions need no look while nothing was overwritten
         self._writers: dict[int, list[int]] = {}  # by id of the tensor that owns a storage: nodes that overwrote it
@@ -149,6 +149,21 @@ class Register(Sequence[Node]):
             if function is not None:
                 self.edges[index] = (function, tensor.output_nr)
         return index
+
+    def virtual(self, op: str, parents: tuple[int, ...], shape: tuple[int, ...], detail: dict[str, Any]) -> int:
+        """Make a node for something that an operation computes on the way and no tensor holds."""
+        rows, index = self.rows, len(self.rows)
+        floating = all(rows[parent][6] for parent in parents)
+        grad = torch.is_grad_enabled() and any(rows[parent][7] for parent in parents)
+        rows.append((index, op, parents, self.scope, self.call, shape, floating, grad, False, detail))
+        self._refs.append(_nothing)
+        return index
+
+    def share_edge(self, node: int, others: Iterable[int]) -> None:
+        """Give nodes the gradient of a later one, which is theirs too."""
+        edge = self.edges.pop(node, None)
+        if edge is not None:
+            self.edges.update(dict.fromkeys((*others, node), edge))  # an autograd edge stands for the last of them
 
     def _outside(self, tensor: Tensor, kind: str) -> int:
         """Node of a tensor that no operation made: a parameter, a buffer, an input, a constant."""
@@ -269,6 +284,10 @@ class Register(Sequence[Node]):
         if isinstance(index, slice):
             return tuple([Node._make((*row, lineage)) for row in self.rows[index]])
         return Node._make((*self.rows[index], lineage))
+
+
+def _nothing() -> None:
+    """What is left of a tensor that there never was."""
 
 
 def _sizes(shape: torch.Size) -> tuple[int, ...]:

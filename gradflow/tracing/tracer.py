@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradflow.records import Graph, Node
 from gradflow.tracing.attachment import Attachment
+from gradflow.tracing.composites import COMPOSITES, Addition, ordered, written_out
 from gradflow.tracing.frames import Frames
 from gradflow.tracing.modules import survey, tensors_in
 from gradflow.tracing.operations import Operation, operation
@@ -25,9 +27,18 @@ if TYPE_CHECKING:
     from gradflow.tracing.observation import Observer
 
 _BACKWARD = frozenset({"backward", "grad"})
+_WATCHED = _BACKWARD | COMPOSITES
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
-_Pending = tuple[Operation, tuple[int, ...], "tuple[_Args, _Kwargs, Any] | None"]
+
+
+class _Pending(NamedTuple):
+    """What was known before an operation ran: its parents, what it adds up, and what the observer is told."""
+
+    what: Operation
+    parents: tuple[int, ...] = ()
+    addition: Addition | None = None
+    watched: tuple[_Args, _Kwargs, Any] | None = None
 
 
 class Tracer(TorchFunctionMode):
@@ -42,7 +53,7 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.observer = observer
-        self._watches = _BACKWARD if observer is None else _BACKWARD | observer.watches
+        self._watches = _WATCHED if observer is None else _WATCHED | observer.watches
         self._attachment = Attachment(self, self._enter_call, self._exit_call, aside=observer is not None)
         self._failed = False
         self.when_outermost_ends: Callable[[], None] | None = None
@@ -174,7 +185,7 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _observed(self, what: Operation, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
-        """Run an operation that the observer wants to know of."""
+        """Run an operation that is more than one node, or that the observer wants to know of."""
         pending = self._before(what, func, args, kwargs)
         out = func(*args, **kwargs)
         if pending is not None:
@@ -183,36 +194,48 @@ class Tracer(TorchFunctionMode):
 
     def _before(self, what: Operation, func: Any, args: _Args, kwargs: _Kwargs) -> _Pending | None:
         """What must be known before an observed operation runs; None if we failed."""
+        name, observer, register = what.name, self.observer, self._register
         try:
-            if what.name in _BACKWARD:
-                if self.observer is not None:
-                    self.observer.backward(what.name, args)
-                return what, (), None
+            if name in _BACKWARD:
+                if observer is not None:
+                    observer.backward(name, args)
+                return _Pending(what)
             parents = self._parents(what, args, kwargs)
-            if self.observer is None:
-                return what, parents, None
-            node_of = self._register.node_of
-            ordered, rest = _ordered(what, args, kwargs)
-            operands = tuple(node_of(value) if isinstance(value, Tensor) else None for value in ordered)
-            token = self.observer.before(what.name, func, ordered, rest, operands)
+            addition = written_out(register, name, parents, args, kwargs) if name in COMPOSITES else None
+            if observer is None or name not in observer.watches or (name in COMPOSITES and addition is None):
+                return _Pending(what, parents, addition)
+            operands: tuple[int | None, ...]
+            if addition is not None:
+                given, rest, operands = tuple(ordered(args, kwargs)), kwargs, addition.parents
+            else:
+                given, rest = _ordered(what, args, kwargs)
+                operands = tuple(register.node_of(value) if isinstance(value, Tensor) else None for value in given)
+            token = observer.before(name, func, given, rest, operands)
         except Exception as error:  # noqa: BLE001
             self._fault(error)
             return None
-        return what, parents, (ordered, rest, token)
+        return _Pending(what, parents, addition, (given, rest, token))
 
     def _after(self, pending: _Pending, func: Any, args: _Args, kwargs: _Kwargs, out: Any) -> None:
         """Put an operation that has run into the graph."""
-        what, parents, watched = pending
+        what, parents, addition, watched = pending
         try:
             if what.name in _BACKWARD:
                 if self.observer is not None:
                     self.observer.backward_done(what.name)
                 return
-            node = self._record(what, parents, args, kwargs, out)
-            if watched is not None and node is not None and self.observer is not None:
-                ordered, rest, token = watched
+            if addition is None:
+                node = self._record(what, parents, args, kwargs, out)
+            else:
+                node = self._record(replace(what, name="add"), addition.parents, args, kwargs, out, addition.detail)
+            if node is None:
+                return
+            if addition is not None and addition.partial:
+                self._register.share_edge(node, addition.partial)
+            if watched is not None and self.observer is not None:
+                given, rest, token = watched
                 first = out if isinstance(out, Tensor) else tensors_in(out, 1)[0]
-                self.observer.after(node, what.name, func, ordered, rest, first, token)
+                self.observer.after(node, what.name, func, given, rest, first, token)
         except Exception as error:  # noqa: BLE001
             self._fault(error)
 
@@ -225,7 +248,10 @@ class Tracer(TorchFunctionMode):
             parents = parents[::-1]
         return parents[:1] if what.first_only else parents
 
-    def _record(self, what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs, out: Any) -> int | None:
+    def _record(
+        self, what: Operation, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs, out: Any,
+        detail: dict[str, Any] | None = None,
+    ) -> int | None:  # fmt: skip
         """Put an operation's result into the graph; the node of its (first) tensor."""
         register = self._register
         if isinstance(out, Tensor):
@@ -236,7 +262,8 @@ class Tracer(TorchFunctionMode):
                 inplace = "out" in kwargs or any(value is out for value in args)  # `F.relu(x, inplace=True)`, `out=`
             if what.factory:
                 return register.add(out, "constant", (), {"factory": what.name})
-            detail = _detail(what.name, parents, args, kwargs) if what.detailed else {}
+            if detail is None:
+                detail = _detail(what.name, parents, args, kwargs) if what.detailed else {}
             return register.add(out, what.name, parents, detail, inplace=inplace)
         if isinstance(out, (tuple, list)):
             tensors = [tensor for tensor in out if isinstance(tensor, Tensor)]
@@ -269,6 +296,8 @@ def _detail(name: str, parents: tuple[int, ...], args: _Args, kwargs: _Kwargs) -
         return {"axes": axes[0] if axes and isinstance(axes[0], (tuple, list)) else axes}
     if name in {"getitem", "narrow", "select"}:
         return {"index": repr(args[1:])} if len(parents) == 1 else {}
+    if name == "stack":
+        return {"dim": kwargs.get("dim", args[1] if len(args) > 1 else 0)}
     alpha = kwargs.get("alpha", 1)
     if isinstance(alpha, Tensor):
         alpha = alpha.item()  # no wait of ours: the addition itself has just read it in the same way
