@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow import statistics
+from gradflow import statistics, threads
 
 _FEWEST_POSITIONS = 16
 """Positions taken from each sequence before more sequences are taken: cosines need several of one sequence."""
@@ -90,7 +90,8 @@ def effective_rank(gram_matrix: Tensor) -> Tensor:
     """
     finite = torch.isfinite(gram_matrix).all(-1).all(-1)
     safe = torch.where(finite[..., None, None], gram_matrix, torch.zeros_like(gram_matrix))
-    values = torch.linalg.eigvalsh(safe)
+    with threads.alone():  # LAPACK asks for help with pieces that are done before it comes
+        values = torch.linalg.eigvalsh(safe)
     # eigenvalues of a product are right to n·eps of the largest one; below that they are rounding, not directions
     floor = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:].clamp_min(0)
     sigma = torch.where(values > floor, values, torch.zeros_like(values)).sqrt()

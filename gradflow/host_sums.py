@@ -1,12 +1,12 @@
-"""Sums over a tensor in a CPU's memory, with numpy: one pass over memory, on the thread that asks.
+"""Sums over a tensor in a CPU's memory: one pass over memory, on the thread that asks.
 
-A tensor is read in pieces that stay in a second-level cache, and each piece is asked everything that is wanted before
-the next one is read: these statistics are limited by memory. The work stays on one thread on purpose. PyTorch gives
-every operation of more than 32,768 elements to its thread pool, and waking a pool for a piece takes longer than reading
-it (80 µs against 10 µs on two cores).
+The functions of `compiled` do it where they could be built, numpy elsewhere. Its float32 dot product runs over `ROW`
+elements and goes on in float64, values other than float32 and float64 are widened piece by piece, and a piece, which
+stays in a second-level cache, is asked everything that is wanted before the next one is read.
 
-Values come in float32 or float64, others are widened piece by piece. A float32 dot product runs over `ROW` elements and
-goes on in float64.
+These statistics are limited by memory, and stay on one thread on purpose. PyTorch gives every operation of more than
+32,768 elements to its thread pool, and waking a pool for a piece takes longer than reading it (80 µs against 10 µs on
+two cores).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from gradflow import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -40,15 +42,22 @@ _own = threading.local()
 _quiet = np.errstate(all="ignore")  # training that diverges overflows: the figures say so, not warnings
 
 
-@_quiet
 def measure(flat: Tensor, wanted: Collection[str]) -> dict[str, float]:
     """`statistics.measure` of a tensor of one axis, without `nonfinite`."""
+    if sums := compiled.sums(flat):
+        found = dict(zip(compiled.NAMES, sums.measure(flat), strict=True))
+        return {name: found[name] for name in wanted}
+    return _in_pieces(flat, wanted)
+
+
+@_quiet
+def _in_pieces(flat: Tensor, wanted: Collection[str]) -> dict[str, float]:
     found = dict.fromkeys(wanted, 0.0)
-    for piece in pieces(flat):
+    for piece in _pieces(flat):
         if "square" in found:
-            found["square"] += dot(piece, piece)
+            found["square"] += _dot(piece, piece)
         if "total" in found:
-            found["total"] += _dot(piece, _ones(piece.dtype)[: piece.size])
+            found["total"] += _product(piece, _ones(piece.dtype)[: piece.size])
         low, high = 0.0, 0.0
         if "largest" in found:
             low, high = float(np.minimum.reduce(piece)), float(np.maximum.reduce(piece))
@@ -58,7 +67,7 @@ def measure(flat: Tensor, wanted: Collection[str]) -> dict[str, float]:
     return found
 
 
-def pieces(flat: Tensor) -> Iterator[Values]:
+def _pieces(flat: Tensor) -> Iterator[Values]:
     """The elements in pieces; one is valid until the next is asked for."""
     if flat.dtype in (torch.float32, torch.float64):
         # not `Tensor.numpy`: it forbids the storage's owner to resize it, which sharded training does
@@ -71,34 +80,52 @@ def pieces(flat: Tensor) -> Iterator[Values]:
         yield room[: part.numel()].copy_(part).numpy()
 
 
+def dot(x: Tensor, y: Tensor) -> float:
+    """Σ x·y of two tensors of one axis, one length and one dtype."""
+    if sums := compiled.sums(x, y):
+        return sums.dot(x, y)
+    return sum(_dot(one, other) for one, other in zip(_pieces(x), _pieces(y), strict=True))
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """Σ (x − y)² of two tensors of one axis, one length and one dtype."""
+    if sums := compiled.sums(x, y):
+        return sums.distance(x, y)
+    room = _scratch(torch.float64 if x.dtype == torch.float64 else torch.float32).numpy()
+    less = (_difference(one, other, room) for one, other in zip(_pieces(x), _pieces(y), strict=True))
+    return sum(_dot(piece, piece) for piece in less)
+
+
+def copy(room: Tensor, x: Tensor) -> float:
+    """Copy `x` to `room`, both of one axis, one length and one dtype; gives Σ x²."""
+    if sums := compiled.sums(room, x):
+        return sums.copy(room, x)
+    return measure(room.copy_(x), ("square",))["square"]
+
+
 @_quiet
-def dot(x: Values, y: Values) -> float:
-    """Σ x·y of two pieces of one length."""
-    if x.dtype != y.dtype:
-        x, y = x.astype(np.float64), y.astype(np.float64)
-    found = _dot(x, y)
+def _difference(x: Values, y: Values, room: Values) -> Values:
+    return np.subtract(x, y, out=room[: x.size])
+
+
+@_quiet
+def _dot(x: Values, y: Values) -> float:
+    found = _product(x, y)
     if x.dtype == np.float32 and not _SMALL < abs(found) < math.inf:
-        return _dot(x.astype(np.float64), y.astype(np.float64))
+        return _product(x.astype(np.float64), y.astype(np.float64))
     return found
 
 
-def _dot(x: Values, y: Values) -> float:
+def _product(x: Values, y: Values) -> float:
     cut = x.size - x.size % ROW
     rows = np.vecdot(x[:cut].reshape(-1, ROW), y[:cut].reshape(-1, ROW))
     return float(rows.sum(dtype=np.float64)) + float(np.dot(x[cut:], y[cut:]))
 
 
 @_quiet
-def difference(x: Values, y: Values) -> Values:
-    """Differences x − y of two pieces of one dtype, valid until others are asked for."""
-    room: Values = _scratch(torch.from_numpy(x[:0]).dtype).numpy()
-    return np.subtract(x, y, out=room[: x.size])
-
-
-@_quiet
 def beyond(flat: Tensor, centre: float, distance: float) -> int:
     """Number of elements farther than `distance` from `centre`. NaN is not."""
-    return sum(int(np.count_nonzero(np.abs(piece - centre) > distance)) for piece in pieces(flat))
+    return sum(int(np.count_nonzero(np.abs(piece - centre) > distance)) for piece in _pieces(flat))
 
 
 def live(x: Tensor, channel_dim: int) -> npt.NDArray[np.bool_]:

@@ -123,6 +123,15 @@ def sum_squares(x: Tensor) -> Number:
     return measure(x, ("square",))["square"]
 
 
+def copy(x: Tensor, room: Tensor | None = None) -> tuple[Tensor, Number]:
+    """A copy of a tensor, and its Σ x², in one pass where a CPU holds it. `room` is an earlier copy to overwrite."""
+    if room is None or room.shape != x.shape or room.dtype != x.dtype or room.device != x.device:
+        room = torch.empty_like(x)
+    if x.device.type == "cpu" and not x.is_complex() and room.is_contiguous() and x.is_contiguous():
+        return room, host_sums.copy(room.view(-1), x.detach().view(-1))
+    return room.copy_(x), sum_squares(x)
+
+
 def sum_squares_each(tensors: Sequence[Tensor]) -> list[Number]:
     """Σ x² of each of several tensors; those on a device in one fused call.
 
@@ -152,9 +161,7 @@ def sum_squared_differences(x: Tensor, y: Tensor) -> Number:
         return sum_squares(_widened(x) - _widened(y))
     if x.dtype != y.dtype:
         x, y = x.double(), y.double()
-    pairs = zip(host_sums.pieces(x), host_sums.pieces(y), strict=True)
-    less = (host_sums.difference(one, other) for one, other in pairs)
-    return sum(host_sums.dot(piece, piece) for piece in less)
+    return host_sums.distance(x, y)
 
 
 def dot(x: Tensor, y: Tensor) -> Number:
@@ -167,8 +174,7 @@ def dot(x: Tensor, y: Tensor) -> Number:
         x, y = x.double(), y.double()
     x, y = (_flat(x), _flat(y)) if x.stride() == y.stride() else (x.reshape(-1), y.reshape(-1))
     if x.device.type == "cpu":
-        pairs = zip(host_sums.pieces(x), host_sums.pieces(y), strict=True)
-        return sum(host_sums.dot(one, other) for one, other in pairs)
+        return host_sums.dot(x, y)
     rows = zip(_rows(_widened(x)), _rows(_widened(y)), strict=True)
     parts = [torch.linalg.vecdot(one, other) for one, other in rows]
     return torch.cat(parts).to(_final(x)).sum() if parts else torch.zeros((), dtype=_final(x), device=x.device)

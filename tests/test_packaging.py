@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import gradflow
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["pyproject.toml", "README.md", "LICENSE", "gradflow", "callbacks"]
+SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "gradflow", "callbacks"]
+LIBRARY = "gradflow/_sums.abi3.so"
 
 
 def run(*command, cwd=None):
@@ -28,7 +30,7 @@ def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("checkout")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
             shutil.copy(ROOT / name, copy)
     return copy
@@ -61,11 +63,31 @@ def test_wheel_holds_every_module_template_and_the_typing_mark(contents):
     expected = {f"gradflow/{name}" for name in sources("gradflow")}
     expected |= {f"gradflow/callbacks/{name}" for name in sources("callbacks")}
     assert {"gradflow/py.typed", "gradflow/report/templates/report.html", "gradflow/callbacks/lightning.py"} <= expected
-    assert {name for name in contents if ".dist-info/" not in name} == expected
+    assert {name for name in contents if ".dist-info/" not in name} - {LIBRARY} == expected
 
 
 def test_wheel_puts_nothing_but_gradflow_into_site_packages(contents):
     assert {name.split("/")[0] for name in contents} == {"gradflow", f"gradflow_diagnostics-{gradflow.__version__}.dist-info"}
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_wheel_holds_the_compiled_sums_and_serves_every_python_from_the_first(built, contents):
+    assert LIBRARY in contents
+    assert re.search(r"-cp311-abi3-\w+\.whl$", built[0].name)
+
+
+def test_without_a_compiler_the_wheel_is_built_and_numpy_sums(checkout, tmp_path):
+    copy = shutil.copytree(checkout, tmp_path / "checkout")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, copy]
+    done = subprocess.run(command, env={**os.environ, "CC": "no-such-compiler"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'building extension "gradflow._sums" failed' in done.stdout + done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert LIBRARY not in wheel.namelist()
+        wheel.extractall(tmp_path / "installed")
+    code = "import torch; from gradflow import compiled, statistics; print(compiled.SUMS, statistics.sum_squares(torch.ones(9)))"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True)
+    assert shown.stdout.strip() == "{} 9.0", shown.stderr
 
 
 def test_metadata_names_the_distribution_licence_and_command(built):
@@ -83,7 +105,7 @@ def test_metadata_names_the_distribution_licence_and_command(built):
 def test_sdist_holds_the_sources_where_they_stand_in_the_checkout(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "callbacks/lightning.py", "gradflow/report/templates/report.html"} <= names
+    assert {"pyproject.toml", "setup.py", "gradflow/_sums.c", "README.md", "LICENSE", "callbacks/lightning.py", "gradflow/report/templates/report.html"} <= names
     assert not any(name.startswith("gradflow/callbacks/") for name in names)
 
 

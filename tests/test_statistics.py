@@ -8,7 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradflow import compiled
 from gradflow import statistics as s
+
+
+@pytest.fixture(autouse=True, params=["compiled", "numpy"])
+def reader(request, monkeypatch):
+    """Every test of this file sums with the compiled functions, where there are any, and with numpy."""
+    if request.param == "numpy":
+        monkeypatch.setattr(compiled, "SUMS", {})
+    elif not compiled.SUMS:
+        pytest.skip("gradflow was installed without a C compiler")
+
 
 SIZES = [(), (1,), (7,), (0,), (3, 0, 2), (5, 7, 11), (4096,), (4097,), (2, 4096), (70_000,), (3, 100_000), (270_001,)]
 

@@ -107,6 +107,7 @@ class Recorder:
         self.description = Description(run_id or uuid4().hex, _config(self), dict(info or {}))
         self._writer = RunWriter(self.dirpath, rank=rank)
         self._plans = Plans()
+        self._rooms: dict[str, Tensor] = {}
         self._current: StepInProgress | None = None
         self._open = False
         self._finished: list[Finished] = []
@@ -163,7 +164,7 @@ class Recorder:
             self._current = StepInProgress(
                 self.model, step, self._plans, rows=self.rows, tables=self.tables,
                 guard=None if sampled or self._guard is None else self._guard.known, on_error=self._noted,
-                scale=lambda: loss_scale(self.scaler), owned=owned_by(self.model, self._rank),
+                scale=lambda: loss_scale(self.scaler), owned=owned_by(self.model, self._rank), rooms=self._rooms,
             )  # fmt: skip
             self._hooks = OptimizerHooks(
                 self.optimizers, before=self._before_step, after=self._after_step, watch=self.watch, rest=self.rest

@@ -140,6 +140,7 @@ class StepInProgress:
         self, model: nn.Module, step: int, plans: Plans, *, rows: int, tables: frozenset[str],
         on_error: Callable[[Exception], None], scale: Callable[[], Tensor | float | None], trains: bool = True,
         guard: Known | None = None, owned: Callable[[nn.Parameter], bool] = lambda _: True,
+        rooms: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.step = step
         self.guard = guard is not None
@@ -168,8 +169,9 @@ class StepInProgress:
             )  # fmt: skip
         self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
         self._parameters = ParameterTaps(
-            model, self._buffer, updates=trains, owned=owned, norm_only=self.guard or "parameters" not in tables
-        )
+            model, self._buffer, updates=trains, owned=owned, norm_only=self.guard or "parameters" not in tables,
+            rooms=rooms,
+        )  # fmt: skip
 
     def start(self, learning_rate: Any) -> None:
         """Measure the weights, and begin to watch."""

@@ -1,0 +1,125 @@
+"""The sums that are compiled where gradflow is installed, against numpy's float64 and exhaustively where that is possible."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from gradflow import compiled, statistics, threads
+
+pytestmark = pytest.mark.skipif(not compiled.SUMS, reason="gradflow was installed without a C compiler")
+
+SHARED = 2**17
+NARROW = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}
+
+
+def wide(x):
+    return x.double().numpy()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_every_number_of_half_precision_is_widened_exactly(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    sums = compiled.SUMS[dtype]
+    for value, true in zip(every.split(1), wide(every), strict=True):
+        total, _, largest, zeros = sums.measure(value)
+        assert (total == true and largest == abs(true)) or (np.isnan(true) and np.isnan(total) and np.isnan(largest))
+        assert zeros == (true == 0)
+
+
+@given(arrays.arrays(np.float32, st.integers(1, 700), elements=st.floats(width=32)), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_any_float32_numbers_are_measured_as_float64_measures_them(values, random):
+    x = torch.from_numpy(values)
+    y = x[torch.tensor(random.sample(range(len(values)), len(values)))]
+    a, b = values.astype(np.float64), wide(y)
+    sums = compiled.SUMS[torch.float32]
+    with np.errstate(all="ignore"):
+        expected = {
+            "total": (a.sum(), np.abs(a).sum()), "square": ((a * a).sum(),) * 2,
+            "dot": ((a * b).sum(), np.abs(a * b).sum()), "distance": (((a - b) ** 2).sum(),) * 2,
+        }  # fmt: skip
+    total, square, largest, zeros = sums.measure(x)
+    found = {"total": total, "square": square, "dot": sums.dot(x, y), "distance": sums.distance(x, y)}
+    for name, (value, size) in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-13 * size if np.isfinite(size) else 0, err_msg=name)
+    np.testing.assert_equal(largest, np.abs(a).max())
+    assert zeros == np.count_nonzero(a == 0)
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, SHARED - 1, SHARED, SHARED + 1, 3 * SHARED + 77])
+def test_no_element_is_missed_or_read_twice_where_vectors_are_cut(n):
+    x = torch.arange(1, n + 1, dtype=torch.float64)
+    sums = compiled.SUMS[torch.float64]
+    assert sums.measure(x) == (n * (n + 1) / 2, pytest.approx(float((x * x).sum()), rel=1e-14), n, 0)
+    assert sums.dot(x, torch.ones_like(x)) == n * (n + 1) / 2
+    assert sums.distance(x, x - 1) == n
+    room = torch.full((n + 2,), -1.0, dtype=torch.float64)
+    assert sums.copy(room[1:-1], x) == pytest.approx(float((x * x).sum()), rel=1e-14)
+    assert torch.equal(room[1:-1], x)
+    assert room[0] == room[-1] == -1
+
+
+@pytest.mark.parametrize("place", [0, SHARED // 2, 2 * SHARED - 1])
+def test_one_nan_anywhere_makes_the_largest_nan_and_infinity_makes_it_infinite(place):
+    for value in (float("nan"), float("inf"), float("-inf")):
+        x = torch.ones(2 * SHARED)
+        x[place] = value
+        np.testing.assert_equal(compiled.SUMS[torch.float32].measure(x)[2], abs(value))
+
+
+@pytest.mark.parametrize("dtype", compiled.SUMS, ids=str)
+def test_sums_are_bit_for_bit_the_same_on_any_number_of_threads(dtype):
+    x, y = torch.randn(2, 2 * SHARED + 1001).to(dtype)
+    sums, before = compiled.SUMS[dtype], torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append((sums.measure(x), sums.dot(x, y), sums.distance(x, y), sums.copy(torch.empty_like(x), x)))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
+def test_subnormal_numbers_count_and_stay_what_they_are_for_everybody_else():
+    tiny = torch.tensor([1e-41, 0.0, -3e-43])
+    total, square, largest, zeros = compiled.SUMS[torch.float32].measure(tiny)
+    a = wide(tiny)
+    assert (total, square, largest, zeros) == (a.sum(), (a * a).sum(), a[0], 1)
+    assert float(tiny[0] * 0.5) > 0
+
+
+@pytest.mark.parametrize(
+    "x", [torch.arange(12.0)[::2], torch.empty(0), torch._efficientzerotensor(5), torch.ones(3, dtype=torch.float8_e5m2)],
+    ids=["strided", "empty", "without memory", "another type"],
+)  # fmt: skip
+def test_what_does_not_lie_in_memory_as_numbers_of_a_known_type_is_left_to_numpy(x):
+    assert compiled.sums(x) is None
+
+
+def test_a_strided_vector_is_measured_by_its_own_elements():
+    x = torch.arange(2.0 * SHARED)[::2]
+    assert statistics.measure(x, ("total", "largest")) == {"total": float(x.double().sum()), "largest": 2 * SHARED - 2}
+
+
+def test_what_runs_alone_uses_one_thread_and_nobody_else_notices():
+    if threads._counts() is None:
+        pytest.skip("this PyTorch is built on other libraries")
+    before, elsewhere = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError), threads.alone():
+            assert torch.get_num_threads() == 1
+            other = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+            1 / 0
+        assert torch.get_num_threads() == 2
+        assert elsewhere == [2]
+    finally:
+        torch.set_num_threads(before)
