@@ -102,10 +102,10 @@ def test_a_fresh_draw_trains_the_same_setup_with_another_seed_and_cadence(monkey
     assert asked == [("seed-5/every-7/healthy/mlp-relu", 5, 7), ("healthy/mlp-relu", 0, 20)]
 
 
-def test_scores_of_fresh_draws_are_kept_once_each_and_told_on_the_page(tmp_path, monkeypatch):
+def test_scores_of_fresh_runs_are_kept_once_each_and_told_on_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "FRESH", tmp_path / "fresh.json")
     for found in (False, True):
-        table.keep_fresh(5, 7, [judging.Judged("one", "dead-units", found=found, placed=found)], [])
+        table.keep_fresh("seed 5", [judging.Judged("one", "dead-units", found=found, placed=found)], [])
     (row,) = table.fresh_rows()
-    assert row.startswith("| 5, 7 |")
+    assert row.startswith("| seed 5 |")
     assert "1/1" in row

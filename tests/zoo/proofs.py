@@ -170,11 +170,11 @@ def _causal(logits, causal):
     return logits.masked_fill(hidden, -torch.inf) if causal else logits
 
 
-def one_hot(query, key, *, below, heads=4, causal=True):
-    """Entropy of attention over ln(keys), from queries and keys multiplied by hand."""
+def one_hot(query, key, *, below, heads=4, causal=True, times=1.0):
+    """Entropy of attention over ln(keys), from queries and keys multiplied by hand, and `times` more."""
 
     def proof(trained):
-        p = _causal(_logits(trained, query, key, heads), causal).softmax(-1)[:, :, 4:]
+        p = _causal(times * _logits(trained, query, key, heads), causal).softmax(-1)[:, :, 4:]
         entropy = -(p * p.clamp_min(1e-300).log()).sum(-1)
         keys = (p > 0).sum(-1).double() if not causal else torch.arange(5, 5 + p.shape[2]).double()
         return _within((entropy / keys.log()).mean().item(), below, None)

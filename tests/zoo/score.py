@@ -2,8 +2,8 @@
 
 `python -m zoo.score [WORD ...]` judges only the runs whose name holds a word, `--part 2/5` the second fifth of them: with
 `ZOO_RUNS` set, what is trained in parts is scored in one go afterwards. `--write` keeps the score in tests/ZOO.md and
-gradflow/rules/record.json. `--fresh SEED EVERY` scores with a seed and a cadence that no run was labelled with, and
-`--write` keeps that score in tests/zoo/fresh.json, from where tests/ZOO.md tells it.
+gradflow/rules/record.json. `--fresh SEED EVERY` scores with a seed and a cadence that no run was labelled with; `--keep NAME`
+keeps a first score in tests/zoo/fresh.json under that name, from where tests/ZOO.md tells it.
 """
 
 from __future__ import annotations
@@ -82,16 +82,15 @@ def main(arguments=None):
     parser.add_argument("--part", default="1/1", metavar="K/N")
     parser.add_argument("--fresh", nargs=2, type=int, default=(None, None), metavar=("SEED", "EVERY"))
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--keep", metavar="NAME")
     given = parser.parse_args(arguments)
     sick, healthy = judge(chosen(given.words, given.part), judging.Draw(*given.fresh))
     print()
     print(summary(sick, healthy))
-    if not given.write or given.words or given.part != "1/1":
-        return
-    if given.fresh[0] is None:
+    if given.keep:
+        keep_fresh(given.keep, sick, healthy)
+    elif given.write and not given.words and given.part == "1/1" and given.fresh[0] is None:
         keep(sick, healthy)
-    else:
-        keep_fresh(*given.fresh, sick, healthy)
 
 
 if __name__ == "__main__":

@@ -64,16 +64,20 @@ def detached(x):
 class HeadNorm(nn.Module):
     """Queries or keys of each head normalised to unit size: QK norm."""
 
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
     def forward(self, x):
-        parts = x.unflatten(-1, (-1, D // 4))
+        parts = x.unflatten(-1, (-1, self.width))
         return F.layer_norm(parts, parts.shape[-1:]).flatten(-2)
 
 
-def qk_norm(model, names):
-    """The model with QK norm: the named projections are followed by a norm over each head."""
+def qk_norm(model, names, width=D // 4):
+    """The model with QK norm: the named projections are followed by a norm over each head, `width` wide."""
     for path in [p for p, _ in model.named_modules() if p.rpartition(".")[2] in names]:
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.Sequential(model.get_submodule(path), HeadNorm()))
+        setattr(model.get_submodule(parent), name, nn.Sequential(model.get_submodule(path), HeadNorm(width)))
     return model
 
 

@@ -129,33 +129,33 @@ def page(sick, healthy):
         "| rules | recall | healthy runs with an alarm |", "| --- | --- | --- |",
         f"| gradflow | {share(s['found'], s['sick'])} | {share(s['healthy_alarmed'], s['healthy'])} |", *table, "", PEERS_HOW, "",
         "## Out of sample", "", FRESH_HOW, "",
-        "| seed, cadence | first scored | recall | place recall | healthy with an alarm | false in sick | cured | missed | false | found, not cured |",
+        "| runs | first scored | recall | place recall | healthy with an alarm | false in sick | cured | missed | false | found, not cured |",
         "| --- " * 10 + "|", *fresh_rows(), "",
         "## Sick", "", "| run | code | proof | found | placed | dated | false | loss: sick, cured | cured |", "| --- " * 9 + "|", *rows, "",
         "## Healthy", "", f"| run | loss | false | {' | '.join(PEERS)} |", "| --- " * (3 + len(PEERS)) + "|", *fine, "",
     ])  # fmt: skip
 
 
-def keep_fresh(seed, every, sick, healthy):
-    """Add the score of runs with a fresh seed and cadence to those that the page tells."""
+def keep_fresh(runs, sick, healthy):
+    """Add the score of fresh runs, named by `runs`, to those that the page tells."""
     missed = [
         f"{j.name} ({j.code})" + (f" beside {', '.join(j.false)}" if j.false else "") for j in sick if not (j.found and j.placed)
     ]
     entry = {
-        "seed": seed, "every": every, "date": str(dt.datetime.now(tz=dt.UTC).date()), **scores(sick, healthy),
+        "runs": runs, "date": str(dt.datetime.now(tz=dt.UTC).date()), **scores(sick, healthy),
         "missed": missed, "uncured": [j.name for j in sick if j.found and j.cured is False],
         "false_names": [f"{j.name}: {', '.join(j.false)}" for j in [*sick, *healthy] if j.false],
     }  # fmt: skip
     known = json.loads(FRESH.read_text("utf-8")) if FRESH.exists() else []
-    known = [one for one in known if (one["seed"], one["every"]) != (seed, every)]
+    known = [one for one in known if one["runs"] != runs]
     FRESH.write_text(json.dumps([*known, entry], indent=1) + "\n", "utf-8")
 
 
 def fresh_rows():
-    """Scores with fresh seeds and cadences, a row each."""
+    """First scores of fresh runs, a row each."""
     for s in json.loads(FRESH.read_text("utf-8")) if FRESH.exists() else []:
         yield (
-            f"| {s['seed']}, {s['every']} | {s['date']} | {share(s['found'], s['sick'])} | {share(s['placed'], s['sick'])} | "
+            f"| {s['runs']} | {s['date']} | {share(s['found'], s['sick'])} | {share(s['placed'], s['sick'])} | "
             f"{share(s['healthy_alarmed'], s['healthy'])} | {s['false_in_sick']} | {share(s['cured'], s['cures'])} | "
             f"{', '.join(s['missed'])} | {'; '.join(s['false_names'])} | {', '.join(s['uncured'])} |"
         )

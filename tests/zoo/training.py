@@ -131,7 +131,7 @@ def _loop(folder: Path, trained: Trained, generator: torch.Generator) -> None:
     info = {"precision": setup.precision} if setup.precision else None
     recorder = gradflow.Recorder(
         model,
-        opt,
+        getattr(opt, "all", opt),
         folder / "run",
         every_n_steps=setup.every,
         strict=True,
