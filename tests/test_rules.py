@@ -19,7 +19,7 @@ from zoo.training import train
 
 from gradflow import schema
 from gradflow.records import Finding
-from gradflow.rules import RULES, diagnose, faults, grouping
+from gradflow.rules import RULES, balance, diagnose, faults, grouping
 from gradflow.rules.view import Grid, View, lasting, median, settled, spell, window
 from gradflow.store import Run
 
@@ -211,10 +211,68 @@ def test_a_branch_that_falls_silent_is_found_with_the_step_since_when():
     assert finding.steps == (300, 1000)
 
 
-@pytest.mark.parametrize(("last", "found"), [(600, False), (1000, True)])
-def test_a_gated_branch_has_a_thousand_steps(last, found):
-    run = with_column(runs.prenorm(last=last), "branches", "branch_sq", lambda v, s: v * 1e-10 * (1 + 9 * s / last))
+@pytest.mark.parametrize(("last", "at_the_end", "found"), [(600, 9e-4, False), (1000, 9e-4, True), (600, 9e-5, True)])
+def test_a_branch_that_grows_has_a_thousand_steps_if_that_is_enough_at_its_pace(last, at_the_end, found):
+    made = runs.prenorm(last=last)
+    skip = View(made).grid("branches")["skip_sq"]
+    run = with_column(made, "branches", "branch_sq", lambda v, s: skip * (1e-5 + at_the_end * s / last) ** 2)
     assert ("silent-branch" in codes(run)) is found
+
+
+@pytest.mark.parametrize(("times", "left", "found"), [(20, 0.95, True), (20, 0.7, False), (200, 0.7, True)])
+def test_a_dominant_branch_is_excused_if_it_shrinks_in_time(times, left, found):
+    def loud(values, steps):
+        values = values.copy()
+        values[:, 9] *= times**2 * np.where(steps[:, 0] > 650, left ** (2 * (steps[:, 0] - 650) / 350), 1.0)
+        return values
+
+    assert ("dominant-branch" in codes(with_column(runs.prenorm(), "branches", "branch_sq", loud))) is found
+
+
+def test_the_first_block_is_one_join_where_names_count_joins_and_two_where_they_count_blocks():
+    depth = np.array([1, 2, 3, 4])
+    for names, first in (
+        (["blocks.0", "blocks.1", "blocks.2", "blocks.3"], [True, False, False, False]),
+        (["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"], [True, True, False, False]),
+        (["attend", "feed", "attend@1", "feed@1"], [True, True, False, False]),
+    ):
+        assert balance._first_block(names, depth).tolist() == first
+
+
+@pytest.mark.parametrize(("gradient", "found"), [(1e-3, True), (1e-12, False)])
+def test_weights_whose_update_must_round_away_are_not_frozen(gradient, found):
+    def column(value):
+        def change(values, steps):
+            values = values.copy()
+            values[:, 5] = value
+            return values
+
+        return change
+
+    still = with_column(runs.prenorm(), "parameters", "update_sq", column(0.0))
+    small = with_column(with_column(still, "parameters", "grad_sq", column(gradient**2)), "parameters", "grad_max", column(gradient))
+    assert ("frozen-parameter" in codes(small)) is found
+
+
+@pytest.mark.parametrize(("last", "rising", "found"), [(60, False, True), (60, True, False), (120, True, True)])
+def test_updates_are_too_small_from_step_50_on_or_twice_that_while_the_rate_rises(last, rising, found):
+    run = with_column(runs.prenorm(last=last, every=10), "parameters", "update_sq", lambda v, s: 1e-10 * v)
+    run = with_column(run, "steps", "learning_rate", lambda v, s: 1e-9 * (1 + s) if rising else np.full_like(v, 1e-9))
+    jitter = np.random.default_rng(0).normal(0, 0.1, len(run.steps))[:, None]
+    assert ("update-too-small" in codes(with_column(run, "steps", "loss", lambda v, s: 2.0 + jitter))) is found
+    assert "update-too-small" not in codes(with_column(run, "steps", "loss", lambda v, s: 2.0 - s / last + 0.01 * jitter))
+
+
+def test_loss_scale_that_is_too_small_is_to_be_raised_to_what_the_largest_gradient_allows():
+    run = with_column(runs.prenorm(), "parameters", "grad_zeros", lambda v, s: np.full_like(v, 1e6))
+    half = Run({**run.meta, "precision": "16-mixed"}, {t: run.table(t).select([c.name for c in schema.TABLES[t]]) for t in schema.TABLES})
+    for scale, says in ((1.0, "GradScaler(init_scale=2.0**34)"), (2.0**4, "to 2.0**34, from 16")):
+        scaled = with_column(half, "steps", "loss_scale", lambda v, s, scale=scale: np.full_like(v, scale))
+        lost = with_column(scaled, "parameters", "grad_max", lambda v, s: np.full_like(v, 1e-8))
+        (finding,) = [f for f in diagnose(lost) if f.code == "gradient-underflow"]
+        assert says in finding.remedy
+    enough = with_column(half, "steps", "loss_scale", lambda v, s: np.full_like(v, 2.0**30))
+    assert "gradient-underflow" not in codes(with_column(enough, "parameters", "grad_max", lambda v, s: np.full_like(v, 1e-8)))
 
 
 def test_scaler_overflows_that_are_skipped_are_no_fault():
@@ -462,6 +520,29 @@ def test_branches_that_drown_after_a_dominant_one_are_its_consequence_and_those_
     dominant = make("dominant-branch", 4)
     assert [f.code for f in grouping.grouped([dominant, make("silent-branch", 6)])] == ["dominant-branch"]
     assert len(grouping.grouped([dominant, make("silent-branch", 2)])) == 2
+
+
+def found(code, first=0, severity="warning", where=("x",), **evidence):
+    return Finding(code, severity, where, (first, 100), f"{code}.", {"measured": 0.9, **evidence}, "", "")
+
+
+@pytest.mark.parametrize(
+    ("follows", "root", "does"),
+    [
+        (found("dominant-branch"), found("signal-explosion"), True),
+        (found("gradient-spike", 20), found("exploding-gradient"), True),
+        (found("gradient-spike", 20), found("exploding-gradient", 60), False),
+        (found("signal-explosion", 30), found("update-too-large"), True),
+        (found("signal-explosion"), found("update-too-large"), False),
+        (found("signal-explosion", over="time"), found("update-too-large", 50), True),
+        (found("blocked-gradient", where=("4",)), found("dead-units", where=("4.act",)), True),
+        (found("blocked-gradient", where=("4",)), found("dead-units", where=("40.act",)), False),
+        (found("below-epsilon"), found("silent-branch", severity="error"), True),
+        (found("below-epsilon"), found("silent-branch"), False),
+    ],
+)
+def test_what_follows_from_what(follows, root, does):
+    assert [f.code for f in grouping.grouped([follows, root])] == ([root.code] if does else [follows.code, root.code])
 
 
 def test_what_began_before_an_explosion_does_not_follow_from_it():

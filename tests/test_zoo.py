@@ -16,6 +16,10 @@ QUICK_SICK = [
     "large-init-tanh-less",
     "group-without-rate",
     "division-by-spread",
+    "outside/wine-raw",
+    "outside/side-head",
+    "outside/spread-of-alike",
+    "outside/points-through-numpy",
 ]
 QUICK_HEALTHY = [
     "mlp-relu",
@@ -29,6 +33,10 @@ QUICK_HEALTHY = [
     "gpt2-four-steps",
     "ten-steps",
     "text-encoder-pre",
+    "outside/gan",
+    "outside/hinge",
+    "outside/simclr",
+    "outside/highway",
 ]
 
 

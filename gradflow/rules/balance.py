@@ -10,8 +10,9 @@ from gradflow import theory
 from gradflow.records import Finding
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.silence import PATIENCE as SILENCE_PATIENCE
+from gradflow.rules.silence import at_pace
 from gradflow.rules.texts import listed, number, unique
-from gradflow.rules.view import lasting, median, settled, spell, window
+from gradflow.rules.view import LEARNED, lasting, median, settled, spell, window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,8 +43,6 @@ NEARLY_INERT = Threshold(
     "1",
     "branch over skip under 0.1: pre-norm reaches it at 100 joins",
 )
-SHRINKS = 10.0
-"""Times the threshold from which a branch that shrinks is still no transient."""
 PATIENCE = 300
 """Steps after which branches that are still this small count as inert; 1,000 for those that started at zero."""
 STARTED = 1e-3
@@ -65,6 +64,14 @@ def _identity(view: View) -> tuple[Bools, NDArray[np.int64]]:
     return free, np.array([b.depth if b is not None else 0 for b in found], dtype=np.int64)
 
 
+def _first_block(names: list[str], depth: NDArray[np.int64]) -> Bools:
+    """The first two joins, or only the first where the second one's name counts on: `blocks.0`, `blocks.1`."""
+    counts = [[part for part in name.split("@")[0].split(".") if part.isdigit()] for name in names]
+    first = [count for count, at in zip(counts, depth, strict=True) if at == 1]
+    same = np.array([not count or count in first for count in counts], dtype=bool)
+    return np.asarray((depth == 1) | ((depth == 2) & same))
+
+
 def dominant(view: View) -> list[Finding]:
     """Find branches beyond the first block that are several times the stream, unlike their neighbours, and stay."""
     grid = view.grid("branches")
@@ -72,17 +79,20 @@ def dominant(view: View) -> list[Finding]:
         return []
     free, depth = _identity(view)
     ratio = grid["branch_ratio"]
-    deep = free & (depth > 2)
+    deep = free & ~_first_block(grid.names, depth)
     known = np.isfinite(ratio) & deep
     now = settled(ratio)
-    if deep.sum() < 3 or not np.isfinite(now[deep]).any():
+    # Without the largest: is it of another kind? Where few are deep, those of the first block are asked too.
+    others = np.sort(now[deep if deep.sum() > 2 else free])[:-1]
+    if len(others) < 2 or not np.isfinite(now[deep]).any():
         return []
-    usual = float(median(np.sort(now[deep])[:-1]))  # without the largest: is it of another kind?
+    usual = float(median(others))
     bad = known & (ratio > DROWNS.value) & (ratio > OUTLIES.value * usual)
     found = np.flatnonzero(lasting(bad, known) & (known[window(len(ratio))].sum(axis=0) >= 3))
     part = ratio[window(len(ratio))]
-    absurd = part[-1, found] > SHRINKS * DROWNS.value
-    found = found[(part[-1, found] > 0.8 * part[0, found]) | absurd]
+    left = part[-1, found] / part[0, found]
+    in_time = part[-1, found] * left**3 < DROWNS.value  # if it goes on like that for as long again as the run has been
+    found = found[(left > 0.8) | ~in_time]
     if not len(found):
         return []
     found = found[np.argsort(-now[found], kind="stable")]
@@ -140,7 +150,9 @@ def inert(view: View) -> list[Finding]:
     dead = lasting(known & (cosine > INERT.value) & (ratio < natural), known)
     first = np.array([column[np.isfinite(column)][0] if np.isfinite(column).any() else 0.0 for column in ratio.T])
     growing = settled(ratio) > 1.2 * median(ratio[: max(1, len(ratio) // 2)])
-    dead &= (first > STARTED) | ((grid.steps[-1] >= SILENCE_PATIENCE.value) & ~growing)
+    in_time = at_pace(ratio, grid.steps) > (2 * (1 - INERT.value)) ** 0.5
+    learned = view.loss_fall is not None and view.loss_fall > LEARNED
+    dead &= (first > STARTED) | ((grid.steps[-1] >= SILENCE_PATIENCE.value) & ~growing) | ~(in_time | learned)
     joins = int(free.sum())
     serious = joins >= 6 and 2 * dead.sum() > joins
     if not serious and (joins < 6 or 3 * dull.sum() <= joins):
@@ -223,7 +235,7 @@ DOMINANT: Rule = Rule(
     severities=("warning",),
     criterion=(
         "Beyond the first block of a stream that no norm replaces: branch over skip above 3 and 5 times the median "
-        "branch, lasting and not shrinking."
+        "branch, lasting and not shrinking so fast that it will be under it when the run is twice as long."
     ),
     thresholds=(DROWNS, OUTLIES),
     source="De & Smith 2020, arXiv:2002.10444",
@@ -235,8 +247,9 @@ INERT_DEPTH: Rule = Rule(
     says="deep blocks hardly change the stream",
     severities=("warning", "info"),
     criterion=(
-        "After 300 steps (1,000 for branches that started near zero, and none while they grow), over half of the "
-        "joins above the threshold and under half of 1/√l: warning; over a third above 0.995: info."
+        "After 300 steps (1,000 for branches that started near zero and are on their way out of it or whose loss has "
+        "halved, and none while they grow), over half of the joins above the threshold and under half of 1/√l: "
+        "warning; over a third above 0.995: info."
     ),
     thresholds=(INERT, NEARLY_INERT),
     source="Sun et al. 2025, The Curse of Depth, arXiv:2502.05795",

@@ -29,6 +29,8 @@ SHARE = Threshold(
     "1",
     "below it: mask tokens and the like, unused on purpose",
 )
+ROUNDING = 2.0**-24
+"""Half of the distance between 1 and the next float32: a smaller update over weight leaves it as it is."""
 EXPECTED_UNUSED = ("pooler", "expert", "mask_token", "masked_spec")
 WHY_BLOCKED = (
     "A detach, a no_grad block or a conversion to numpy cuts the graph there: what lies before keeps its initial "
@@ -204,7 +206,7 @@ def frozen(view: View) -> list[Finding]:
     blocked_names = [name for finding in blocked(view) for name in finding.where]
     known = {p.name: p for p in view.run.parameters if p.requires_grad and p.name not in told}
     groups: dict[str, list[str]] = {"optimizer": [], "graph": [], "update": []}
-    stopped = _never_updated(view)
+    stopped = _never_updated(view) & ~_rounded_away(view)
     gradient = np.asarray(grid.raw("grad_sq")[1].any(axis=0))
     some = np.asarray((grid["grad_sq"] > 0).any(axis=0))
     optimizers = bool(view.run.meta.get("optimizers"))
@@ -229,6 +231,22 @@ def _never_updated(view: View) -> Bools:
     moving = np.array([step > 0 and rate.get(step, np.nan) != 0 for step in grid.steps.tolist()])
     known = np.isfinite(update[moving])
     return np.asarray((known.sum(axis=0) >= 3) & ~(update[moving] > 0).any(axis=0))
+
+
+def _rounded_away(view: View) -> Bools:
+    """Parameters whose update, if as long for their gradient as their group's others, is under a float32's rounding.
+
+    The gradient of a bias that a norm takes away is a rounding of zero, and at a tiny learning rate weights of size 1
+    stay as they are while smaller ones move: neither is frozen.
+    """
+    grid = view.grid("parameters")
+    pace = median(np.where(grid["update_sq"] > 0, np.sqrt(grid["update_sq"] / grid["grad_sq"]), np.nan))
+    groups = {p.name: p.group for p in view.run.parameters}
+    group = np.array([str(groups.get(name)) for name in grid.names])
+    for name in set(group):
+        pace[group == name] = median(pace[group == name])
+    with np.errstate(invalid="ignore"):
+        return np.asarray(pace * median(grid["grad_max"]) < ROUNDING * median(grid["weight_rms"]))
 
 
 _CAUSES = {
@@ -308,7 +326,8 @@ FROZEN: Rule = Rule(
     severities=("warning", "info"),
     criterion=(
         "requires_grad, and: in no optimizer though it has a gradient; or in one without any gradient (under the "
-        "share, poolers and unchosen experts: info); or no update at three sampled steps or more with a learning rate."
+        "share, poolers and unchosen experts: info); or no update at three sampled steps or more with a learning rate, "
+        "though one as long for its gradient as its group's others would not round away."
     ),
     thresholds=(SHARE,),
     source="PyTorch, torch.optim: constructing it",

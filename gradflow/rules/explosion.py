@@ -31,6 +31,8 @@ SPIKE = Threshold(
     "1",
     "10 alarms on healthy first steps; twice that does not",
 )
+FIRST_STEPS = 8
+"""Steps within which norms over a stream that began small, whose slope is one over its size, give way by themselves."""
 JUMP = 3.0
 """Times its median that an update may be: clipping at twice the usual norm allows twice."""
 DAMPED = 0.6
@@ -75,7 +77,11 @@ def _exploding(view: View, profile: Profile) -> Finding | None:
     gain = now ** (1 / (last - first))
     return Finding(
         code="exploding-gradient",
-        severity="error" if now > 100 * EXPLODED.value * theirs else "warning",
+        severity=(
+            "info" if view.steps[-1] < FIRST_STEPS
+            else "error" if now > 100 * EXPLODED.value * theirs
+            else "warning"
+        ),
         where=places(profile, first, losses(profile, first, last)),
         steps=spell(mask, known, profile.steps),
         claim=(
@@ -199,9 +205,10 @@ def _tamed(view: View, at: int) -> bool:
     update = np.array([sizes.get(step, np.nan) for step in view.steps.tolist()]) / view.series("learning_rate")
     loss, after = view.series("loss"), slice(at + 1, at + 4)
     usual, then = float(running_median(update)[at]), float(median(update[after]))
+    lately = min(usual, float(running_median(update, past=5)[at]))
     level = float(running_median(loss)[at])
     recovered = float(median(loss[after])) < level + UNHARMED * abs(level)
-    return usual > 0 and float(update[at]) < JUMP * usual and then > DAMPED * usual and recovered
+    return usual > 0 and float(update[at]) < JUMP * usual and then > DAMPED * lately and recovered
 
 
 def spikes(view: View) -> list[Finding]:
@@ -254,11 +261,11 @@ def spikes(view: View) -> list[Finding]:
 EXPLODING: Rule = Rule(
     code="exploding-gradient",
     says="the gradient grows on its way to the input, or with time",
-    severities=("error", "warning"),
+    severities=("error", "warning", "info"),
     criterion=(
         "Gradient at the first point of a stream or trunk over that at the last above the threshold times theory over "
-        "the last third of the sampled steps; or the global norm far above its running median for three sampled steps "
-        "or up to the first non-finite one, with a worse loss."
+        "the last third of the sampled steps (before step 8: info); or the global norm far above its running median "
+        "for three sampled steps or up to the first non-finite one, with a worse loss."
     ),
     thresholds=(EXPLODED, OUTGROWN),
     source="Pascanu et al. 2013, arXiv:1211.5063; Yang et al. 2019, arXiv:1902.08129",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ROOTS: dict[str, tuple[str, ...]] = {
     "dead-units": ("rank-collapse", "signal-collapse", "vanishing-gradient"),
-    "blocked-gradient": ("gradient-underflow",),
+    "blocked-gradient": ("dead-units", "gradient-underflow"),
     "frozen-parameter": (
         "blocked-gradient",
         "gradient-underflow",
@@ -22,13 +22,15 @@ ROOTS: dict[str, tuple[str, ...]] = {
         "signal-collapse",
     ),
     "update-too-small": ("gradient-underflow", "below-epsilon", "vanishing-gradient", "signal-collapse"),
-    "below-epsilon": ("vanishing-gradient", "signal-collapse"),
+    "signal-explosion": ("update-too-large",),
+    "below-epsilon": ("vanishing-gradient", "signal-collapse", "silent-branch"),
     "massive-activation": ("signal-explosion",),
     "attention-entropy-collapse": ("signal-explosion",),
     "attention-logit-growth": ("signal-explosion",),
     "vanishing-gradient": ("dead-units",),
     "inert-depth": ("silent-branch",),
-    "signal-explosion": ("dominant-branch",),
+    "dominant-branch": ("signal-explosion",),
+    "gradient-spike": ("signal-explosion", "exploding-gradient"),
     "silent-branch": ("dominant-branch",),
 }
 """Which findings a code can be a consequence of, the likeliest first."""
@@ -73,8 +75,9 @@ def _causes(findings: Sequence[Finding]) -> dict[int, int]:
     serious = {finding.code: place for place, finding in enumerate(findings) if finding.severity != "info"}
     causes = {}
     for place, finding in enumerate(findings):
-        cause = next((serious[code] for code in ROOTS.get(finding.code, ()) if code in serious), None)
-        if cause is not None and _follows(finding, findings[cause]):
+        likely = (serious[code] for code in ROOTS.get(finding.code, ()) if code in serious)
+        cause = next((cause for cause in likely if _follows(finding, findings[cause])), None)
+        if cause is not None:
             causes[place] = cause
     return causes
 
@@ -85,7 +88,7 @@ def _with(finding: Finding, consequences: list[str] | None) -> Finding:
     return replace(finding, evidence={**finding.evidence, "consequences": consequences})
 
 
-def _follows(finding: Finding, root: Finding) -> bool:
+def _follows(finding: Finding, root: Finding) -> bool:  # noqa: PLR0911 - one answer for each kind of consequence
     """Whether a finding may be a consequence: not one that has a cause of its own written in its evidence."""
     mine, theirs = finding.evidence, root.evidence
     older = root.steps[0] <= finding.steps[0]
@@ -93,13 +96,18 @@ def _follows(finding: Finding, root: Finding) -> bool:
         case "dead-units":  # units without any signal fall silent by their biases: the older finding is the cause
             starved = {"signal-collapse": older, "vanishing-gradient": root.steps[0] < finding.steps[0]}
             return bool(mine["measured"] < ALIKE_DEAD) or starved.get(root.code, False)
+        case "blocked-gradient":  # through units that never fire nothing comes back
+            inside = [layer for place in finding.where for layer in root.where if f"{layer}.".startswith(f"{place}.")]
+            return root.code != "dead-units" or (bool(theirs["measured"] >= ALIKE_DEAD) and bool(inside))
         case "vanishing-gradient":
             return root.code != "dead-units" or bool(theirs["measured"] >= ALIKE_DEAD)
+        case "signal-explosion":  # steps that are too long make it, in time, of a stream that began sound
+            return mine.get("over") == "time" or root.steps[0] < finding.steps[0]
         case "silent-branch":  # what comes after a branch that drowns the stream is small beside it
             return bool(mine["depth"] > theirs["depth"])
-        case "signal-explosion":
-            return finding.where[0] == root.where[0]
+        case "below-epsilon":  # behind branches that are nearly zero gradients are nearly zero, too
+            return root.code != "silent-branch" or root.severity == "error"
         case "frozen-parameter":
             return finding.severity == "info" or bool(mine["cause"] == "update")
         case _:
-            return root.code != "signal-explosion" or older
+            return root.code not in {"signal-explosion", "exploding-gradient"} or older

@@ -39,13 +39,10 @@ REMEDIES = {
     ),
     "loss": (
         (
-            "Every layer's output was finite, so look at the loss function: log of 0, division by an empty mask, "
-            "targets that are NaN or out of range."
+            "Every layer's output was finite, so look at the loss function: log of 0 (use the fused form, "
+            "cross_entropy or binary_cross_entropy_with_logits on logits), division by an empty mask (clamp the count)."
         ),
-        (
-            "Compute the loss in float32 with the fused form (cross_entropy or binary_cross_entropy_with_logits on "
-            "logits)."
-        ),
+        "Look for targets that are NaN or out of range, and compute the loss in float32.",
     ),
     "update": (
         (

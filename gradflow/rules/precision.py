@@ -33,6 +33,12 @@ FP16_SMALLEST = 2.0**-24
 """Smallest positive half-precision number, 6e-8: anything under half of it becomes 0."""
 
 
+FP16_ROOMY = 2.0**8
+"""Where to scale the largest gradient to: a 256th of float16's largest number is left for batches to come."""
+DEFAULT_SCALE = 16
+"""Logarithm to base 2 of what GradScaler starts with."""
+
+
 def below_epsilon(view: View) -> list[Finding]:
     """Find Adam runs in which eps outweighs the gradient of most weights."""
     eps = _adam_eps(view)
@@ -98,7 +104,7 @@ def _adam_eps(view: View) -> float | None:
 
 
 def underflow(view: View) -> list[Finding]:
-    """Find half-precision runs without loss scaling whose weight gradients are mostly exact zeros."""
+    """Find half-precision runs whose weight gradients are mostly exact zeros, for want of a large enough loss scale."""
     precision = str(view.run.meta.get("precision") or "")
     halves = {p.name for p in view.run.parameters if p.dtype.endswith("float16") and "bfloat16" not in p.dtype}
     if ("16" not in precision or "bf16" in precision) and not halves:
@@ -108,14 +114,14 @@ def underflow(view: View) -> list[Finding]:
     n = np.where(grid["n"] > 0, grid["n"], np.nan)
     zeros, largest = grid["grad_zeros"] / n, grid["grad_max"]
     known = np.isfinite(zeros) & np.isfinite(largest) & matrices
-    bad = lasting(known & (zeros > UNDERFLOW.value) & (largest < 1000 * FP16_SMALLEST), known)
+    scale = np.nan_to_num(view.series("loss_scale"), nan=1.0)[np.searchsorted(view.steps, grid.steps)]
+    bad = lasting(known & (zeros > UNDERFLOW.value) & (largest * scale[:, None] < 1000 * FP16_SMALLEST), known)
     if not bad.any():
         return []
     now = settled(zeros)
     found = np.flatnonzero(bad)
     found = found[np.argsort(-now[found], kind="stable")]
     names = [grid.names[i] for i in found]
-    scale = view.series("loss_scale")
     return [
         Finding(
             code="gradient-underflow",
@@ -136,15 +142,24 @@ def underflow(view: View) -> list[Finding]:
                 "threshold_from": UNDERFLOW.origin,
                 "largest_gradient": float(settled(largest)[found[0]]),
                 "smallest_float16": FP16_SMALLEST,
-                "loss_scale": float(median(scale)) if np.isfinite(scale).any() else None,
+                "loss_scale": float(median(scale)),
                 "parameters": len(names),
             },
             why="Weights whose gradient rounds to zero do not train (Micikevicius et al. 2018, arXiv:1710.03740).",
-            remedy="Scale the loss with torch.amp.GradScaler (precision='16-mixed' in Lightning).",
+            remedy=_scaler(float(np.nanmax(settled(largest), initial=0.0)), float(median(scale))),
             remedy_2="Use bf16, which has float32's range.",
             confidence="high",
         )
     ]
+
+
+def _scaler(largest: float, scale: float) -> str:
+    """What to scale the loss by: so that the model's largest gradient comes near the upper end of half precision."""
+    power = int(np.floor(np.log2(FP16_ROOMY / largest))) if largest > 0 else DEFAULT_SCALE
+    if scale > 1:
+        return f"Raise the GradScaler's init_scale to 2.0**{max(power, int(np.log2(scale)) + 1)}, from {scale:g}."
+    start = f"init_scale=2.0**{power}" if power > DEFAULT_SCALE else ""
+    return f"Scale the loss with torch.amp.GradScaler({start}) (precision='16-mixed' in Lightning)."
 
 
 BELOW_EPSILON: Rule = Rule(
@@ -162,8 +177,8 @@ UNDERFLOWS: Rule = Rule(
     says="gradients vanish in half precision",
     severities=("error", "warning"),
     criterion=(
-        "In float16 (not bfloat16), over half of a matrix's gradient exactly zero and the largest element within a "
-        "thousand of float16's smallest number."
+        "In float16 (not bfloat16), over half of a matrix's gradient exactly zero and the largest element, times the "
+        "loss scale, within a thousand of float16's smallest number."
     ),
     thresholds=(UNDERFLOW,),
     source="Micikevicius et al. 2018, Mixed Precision Training, arXiv:1710.03740",

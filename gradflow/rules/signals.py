@@ -168,6 +168,7 @@ def _grows_with_time(view: View, profile: Profile) -> Finding | None:
             "quantity": "RMS at the stream's end over that at the first steps",
             "stream": profile.name,
             "measured": times,
+            "over": "time",
             "expected": 1.0,
             "expected_from": "the size at the first sampled steps",
             "threshold": OUTGROWN.value,
@@ -201,7 +202,8 @@ def _collapse(view: View, profile: Profile) -> Finding | None:
     if len(points) < LEAST_DEPTH:
         return None
     drops = np.diff(logs, axis=1)
-    total = logs[:, -1] - logs[:, 0]
+    # Biases may restore a size that the signal has lost: what died halfway has died.
+    total = np.nanmin(logs[:, 1:], axis=1, initial=np.inf) - logs[:, 0]
     known = np.isfinite(total)
     shrinking = (drops < math.log(SHRINK.value)).sum(axis=1) >= 3
     spread = np.nanmin(drops, axis=1, initial=0.0) > 0.5 * total
@@ -220,12 +222,12 @@ def _collapse(view: View, profile: Profile) -> Finding | None:
         where=unique(profile.points[points[int(step) + 1]] for step in sorted(steepest)),
         steps=spell(mask, known, profile.steps),
         claim=(
-            f"The signal's variance falls to {number(left)} of what it was over {len(points)} layers of "
+            f"The signal's variance falls to {number(left)} of what it was within {len(points)} layers of "
             f"{profile.name}, by a factor of {number(gain)} a layer where it "
             f"falls{f', the signature of {init}' if init else ''}."
         ),
         evidence={
-            "quantity": "variance at the end of the stack over that at its start",
+            "quantity": "variance at the stack's lowest point over that at its start",
             "stream": profile.name,
             "measured": left,
             "expected": 1.0,
@@ -277,9 +279,9 @@ COLLAPSE: Rule = Rule(
     says="the signal dies with depth",
     severities=("error", "warning", "info"),
     criterion=(
-        "In a plain stack of 6 weight layers or more, variance at the end under the total threshold of that at the "
-        "start, three layers or more under the gain a layer, and no single layer that accounts for half of the loss; "
-        "before step 30 a hundred times worse, else info."
+        "In a plain stack of 6 weight layers or more, variance at its lowest point under the total threshold of that "
+        "at the start, three layers or more under the gain a layer, and no single layer that accounts for half of the "
+        "loss; before step 30 a hundred times worse, else info."
     ),
     thresholds=(SHRINK, TOTAL_SHRINK),
     source="Glorot & Bengio 2010; He et al. 2015, arXiv:1502.01852",

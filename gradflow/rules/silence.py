@@ -9,7 +9,7 @@ import numpy as np
 from gradflow.records import Finding
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.texts import listed, number, unique
-from gradflow.rules.view import lasting, median, spell, window
+from gradflow.rules.view import lasting, median, settled, spell, window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,8 +69,16 @@ def _overdue(view: View, ratio: Floats, index: int, branch: Branch | None, silen
     values = ratio[seen]
     if (values == 0).all():
         return _without_gradient(view, index)
-    grew = values[-1] > 2 * values[values > 0][0]
+    grew = values[-1] > 2 * values[values > 0][0] and at_pace(ratio[:, None], steps)[0] > SILENT.value
     return not grew and not _gated(view, branch)
+
+
+def at_pace(ratio: Floats, steps: NDArray[np.int64]) -> Floats:
+    """Branch over skip at `PATIENCE` steps or twice the run, if it goes on as in the run's second half; (branch,)."""
+    half = len(ratio) // 2
+    now, before = settled(ratio), median(ratio[max(0, half - 1) : half + 2])
+    pace = (now - before) / max(1.0, float(median(steps[window(len(steps))].astype(np.float64))) - float(steps[half]))
+    return np.asarray(now + pace * max(PATIENCE.value - float(steps[-1]), float(steps[-1])))
 
 
 def _without_gradient(view: View, index: int) -> bool:
@@ -155,7 +163,8 @@ RULE: Rule = Rule(
     severities=("error", "warning"),
     criterion=(
         "Branch over skip under the threshold at every recent sampled step (three or more), and it was above before, "
-        "or 1,000 steps have passed, or it is exactly zero without any gradient, or it is neither gated nor growing."
+        "or 1,000 steps have passed, or it is exactly zero without any gradient, or it is neither gated nor growing at "
+        "a pace that would bring it there in 1,000 steps."
     ),
     thresholds=(SILENT, PATIENCE),
     source="Bachlechner et al. 2020, arXiv:2003.04887; Touvron et al. 2021, arXiv:2103.17239",

@@ -11,7 +11,7 @@ import numpy as np
 from gradflow.records import Finding
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.texts import listed, unique
-from gradflow.rules.view import lasting, median, spell, window
+from gradflow.rules.view import LEARNED, lasting, median, settled, spell, window
 
 if TYPE_CHECKING:
     from gradflow.records import Severity
@@ -26,7 +26,8 @@ DEAD = Threshold(
 )
 DEAD_FROM_THE_START = Threshold(
     "dead-units.share-from-the-start", "the same where a fifth was so at the first step", 0.6, "1",
-    "inputs that all look alike to a layer leave about half of its units off by the sign of their weights",
+    "inputs that all look alike to a layer leave half of its units off by the sign of their weights, a coin each: "
+    "in narrow layers three standard deviations above half count instead",
 )  # fmt: skip
 DEAD_ERROR = Threshold(
     "dead-units.error",
@@ -47,8 +48,6 @@ SATURATED = Threshold(
     "normal inputs of unit size give 0.04 and 0",
 )
 SATURATED_ERROR = Threshold("saturated-activation.error", "the same, error", 0.9, "1", "the layer is a step function")
-LEARNED = 0.5
-"""Fall of the loss from which units that training itself turned off or saturated are no trouble."""
 GATE = re.compile(r"gate|(?:^|\.)se(?:\.|$)|excit|scale", re.IGNORECASE)
 RELU = re.compile(r"^(?:relu|relu6|threshold)$", re.IGNORECASE)
 
@@ -65,7 +64,9 @@ def dead(view: View) -> list[Finding]:
     relu &= np.array([not name.endswith("@nograd") for name in grid.names])
     known = np.isfinite(share) & enough & relu
     began = np.array([column[np.isfinite(column)][0] if np.isfinite(column).any() else 0.0 for column in share.T])
-    limit = np.where(began > 0.5 * DEAD.value, DEAD_FROM_THE_START.value, DEAD.value)
+    by_chance = 0.5 + 3 * 0.5 / np.sqrt(np.fmax(np.nan_to_num(settled(units)), 1.0))
+    alike = np.fmin(np.fmax(DEAD_FROM_THE_START.value, by_chance), DEAD_ERROR.value)
+    limit = np.where(began > 0.5 * DEAD.value, alike, DEAD.value)
     bad = known & (share > limit)
     ranked = _ranked(grid, share, bad, known)
     if ranked is None:

@@ -125,7 +125,7 @@ def _blown_up(view: View, typical: Floats, matrices: Bools) -> list[Finding]:
     early = typical[:4]
     if not matrices.any() or not np.isfinite(early).any():
         return []
-    growth = settled(weights) / weights[0]
+    growth = settled(weights) / np.fmax(weights[0], _natural(view)[matrices])
     grown = float(np.nanmedian(growth)) if np.isfinite(growth).any() else 1.0
     largest = float(np.nanmax(early))
     if largest < EARLY.value or grown < BLOWN_UP.value:
@@ -160,6 +160,13 @@ def _blown_up(view: View, typical: Floats, matrices: Bools) -> list[Finding]:
     ]
 
 
+def _natural(view: View) -> Floats:
+    """RMS of a weight that keeps a signal's size, 1/√fan_in: one that began smaller has to grow, to no harm."""
+    shapes = {p.name: p.shape for p in view.run.parameters}
+    fans = [np.prod(shapes.get(name, ())[1:], dtype=np.float64) for name in view.grid("parameters").names]
+    return np.asarray(1 / np.sqrt(np.fmax(fans, 1.0)))
+
+
 def rate_remedy(view: View, verb: str, factor: float) -> str:
     """What to do with the learning rate, in numbers: `factor` times lower or higher, from its peak."""
     rate = view.series("learning_rate")
@@ -188,7 +195,7 @@ def too_small(view: View) -> list[Finding]:
     """Find runs whose matrices hardly move while the loss does not fall."""
     grid = view.grid("parameters")
     matrices = matrices_of(view)
-    if not matrices.any() or grid.steps[-1] < 2 * WARM or view.loss_fall is None or view.loss_fall > 0.01:
+    if not matrices.any() or grid.steps[-1] < WARM * (2 if _warming(view) else 1) or _learns(view):
         return []
     typical = _typical(grid["update_ratio"], matrices)
     late = grid.steps >= WARM
@@ -207,7 +214,7 @@ def too_small(view: View) -> list[Finding]:
             steps=spell(small, known, grid.steps),
             claim=(
                 f"A step changes the median matrix by {number(now)} of its size, and the loss fell by "
-                f"{view.loss_fall:.1%} over the run: it hardly trains."
+                f"{view.loss_fall or 0.0:.1%} over the run: it hardly trains."
             ),
             evidence={
                 "quantity": "update over weight, RMS, median over matrices",
@@ -228,6 +235,18 @@ def too_small(view: View) -> list[Finding]:
     ]
 
 
+def _warming(view: View) -> bool:
+    """Whether the learning rate still rises."""
+    rate = view.series("learning_rate")
+    rate = rate[np.isfinite(rate)]
+    return len(rate) > 1 and bool(rate[-1] > rate[len(rate) // 2])
+
+
+def _learns(view: View) -> bool:
+    """Whether the loss fell, by more than a per cent and than two medians differ by when it only jitters."""
+    return view.loss_fall is None or view.loss_fall > max(0.01, 2 * view.loss_jitter)
+
+
 TOO_LARGE: Rule = Rule(
     code="update-too-large",
     says="steps are too long for the weights",
@@ -245,7 +264,10 @@ TOO_SMALL: Rule = Rule(
     code="update-too-small",
     says="steps are too short for the weights",
     severities=("warning",),
-    criterion="From step 50 on, a median matrix under the threshold and a loss that fell by less than 1 %.",
+    criterion=(
+        "From step 50 on (100 while the learning rate rises), a median matrix under the threshold and a loss that fell "
+        "by less than 1 %, or than twice its jitter from one sampled step to the next."
+    ),
     thresholds=(SMALL,),
     source="Karpathy, A Recipe for Training Neural Networks, 2019",
     picture="update-ratio",

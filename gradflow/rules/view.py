@@ -33,6 +33,8 @@ KEYS = {
 }
 Key = tuple[str, ...]
 
+LEARNED = 0.5
+"""Fall of the loss from which units that training turned off, or branches that it left small, are no trouble."""
 MOST_KEPT = 150_000_000
 """Bytes of columns of a table that are kept for the next rule; a column of 5 million rows has 40 million."""
 
@@ -181,13 +183,25 @@ class View:
     @cached_property
     def loss_fall(self) -> float | None:
         """Share of the loss that training took away: 1 - late/early, medians; None where the run is too short."""
-        loss = self.series("loss")
-        loss = loss[np.isfinite(loss)]
+        loss = self._losses
         if len(loss) < 4 or not len(self.steps):
             return None
-        early = float(np.median(loss[: max(2, len(loss) // 6)]))
         late = float(np.median(loss[-max(2, len(loss) // 4) :]))
-        return (early - late) / max(abs(early), 1e-12)
+        return (self._early - late) / max(abs(self._early), 1e-12)
+
+    @cached_property
+    def loss_jitter(self) -> float:
+        """Mean change of the loss from one sampled step to the next, over its early level."""
+        return float(np.mean(np.abs(np.diff(self._losses)))) / max(abs(self._early), 1e-12)
+
+    @cached_property
+    def _losses(self) -> Floats:
+        loss = self.series("loss")
+        return np.asarray(loss[np.isfinite(loss)])
+
+    @cached_property
+    def _early(self) -> float:
+        return float(np.median(self._losses[: max(2, len(self._losses) // 6)]))
 
 
 def window(count: int, share: float = 1 / 3, least: int = 3) -> slice:

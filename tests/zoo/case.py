@@ -36,6 +36,12 @@ def clip_said(remedy):
     return {"clip": float(re.search(r"norm at ([0-9.e+-]+),", remedy)[1])}
 
 
+def scale_said(remedy):
+    """The loss scale to start at that a remedy names, else the scaler's default."""
+    power = re.search(r"init_scale=2.0\*\*(\d+)", remedy)
+    return {"scaler": 2.0 ** int(power[1]) if power else 2.0**16}
+
+
 def eps_said(remedy):
     """The optimizer's eps that a remedy names."""
     return {"options": {"eps": float(re.search(r"eps to ([0-9.e+-]+),", remedy)[1])}}

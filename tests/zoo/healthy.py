@@ -62,7 +62,7 @@ HEALTHY = {
     "residual-drop-path": Setup(lambda: ResidualNet(8, drop=0.25), digits, every=10),
     "residual-post-norm": Setup(lambda: ResidualNet(8, post=True), digits),
     "residual-bf16": Setup(ResidualNet, digits, autocast=torch.bfloat16, precision="bf16-mixed"),
-    "residual-fp16-scaled": Setup(ResidualNet, digits, autocast=torch.float16, precision="16-mixed", scaler=True),
+    "residual-fp16-scaled": Setup(ResidualNet, digits, autocast=torch.float16, precision="16-mixed", scaler=2.0**16),
     "residual-accumulated": Setup(ResidualNet, _T(digits, batch=12), accumulate=4, steps=60),
     "residual-batch-of-two": Setup(ResidualNet, _T(digits, batch=2), lr=3e-4),
     "residual-relu-unscaled-shallow": Setup(lambda: ResidualNet(3, norm=False, act=torch.relu), digits),

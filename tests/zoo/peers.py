@@ -107,7 +107,7 @@ def torchmortem(run):
     if _any(update < 1e-5):
         found |= {"update-too-small", "frozen-parameter", "silent-branch"}
     third = len(rank) // 3
-    if third and _any(np.nanmean(rank[-third:]) <= 0.5 * np.nanmean(rank[:third])):
+    if third and np.isfinite(rank[-third:]).any() and np.isfinite(rank[:third]).any() and _any(np.nanmean(rank[-third:]) <= 0.5 * np.nanmean(rank[:third])):
         found.add("rank-collapse")
     ends = half(saturated / np.where(n > 0, n, np.nan))
     if ends.size and _any((ends > 0.5).mean(axis=0) >= 0.5):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zoo import proofs as proof
-from zoo.case import Case, clip_said, eps_said, rate_said
+from zoo.case import Case, clip_said, eps_said, rate_said, scale_said
 from zoo.convolutions import ResNet, conv_net, stack_of_convolutions
 from zoo.data import digits, hidden, pictures, rings, rows, text, waves
 from zoo.dense import mlp
@@ -99,11 +99,11 @@ NUMBERS = {
     ),
     "half-loss-residual": Case(
         "gradient-underflow", r".", _res.but(factor=1e-6, **_half),
-        proof.underflowed("cells", above=0.5), "GradScaler", {"scaler": True},
+        proof.underflowed("cells", above=0.5), "GradScaler", scale_said,
     ),
     "half-loss-bert": Case(
         "gradient-underflow", r".", _bert.but(factor=1e-5, steps=60, **_half),
-        proof.underflowed("layer", above=0.5), "GradScaler", {"scaler": True},
+        proof.underflowed("layer", above=0.5), "GradScaler", scale_said,
     ),
 }  # fmt: skip
 

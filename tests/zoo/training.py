@@ -44,7 +44,8 @@ class Setup:
     accumulate: int = 1
     autocast: Any = None
     clip: float | None = None
-    scaler: bool = False
+    scaler: float = 0.0
+    """What the loss scale starts at; none at 0."""
     factor: float | Callable[[int], float] = 1.0
     corrupt: Callable[[int, Any], Any] | None = None
     rate: Callable[[int], float] | None = None
@@ -127,7 +128,7 @@ def _loop(folder: Path, trained: Trained, generator: torch.Generator) -> None:
     wanted = setup.parameters(model) if setup.parameters else [p for p in model.parameters() if p.requires_grad]
     opt = setup.optimizer(wanted, lr=setup.lr, **setup.options)
     bases = [group["lr"] for group in opt.param_groups]
-    scaler = torch.amp.GradScaler("cpu", enabled=setup.scaler)
+    scaler = torch.amp.GradScaler("cpu", setup.scaler or 1.0, enabled=bool(setup.scaler))
     info = {"precision": setup.precision} if setup.precision else None
     recorder = gradflow.Recorder(
         model,

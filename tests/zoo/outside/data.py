@@ -77,10 +77,10 @@ def patches(generator, *, batch=16, size=16):
     return 2 * cut - 1, left * 3 // (photo.shape[2] - size)
 
 
-def noisy(generator, **options):
+def noisy(generator, *, noise=0.3, **options):
     """Noisy patches, and the clean ones."""
     clean, _ = patches(generator, **options)
-    return clean + 0.3 * torch.randn(clean.shape, generator=generator), clean
+    return clean + noise * torch.randn(clean.shape, generator=generator), clean
 
 
 def pixels(generator, *, batch=256):

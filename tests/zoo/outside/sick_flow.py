@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zoo import proofs as proof
-from zoo.case import Case, clip_said, eps_said
+from zoo.case import Case, clip_said, eps_said, scale_said
 from zoo.disturbances import after_step, at_steps
 from zoo.losses import elbo, square
 from zoo.outside import proofs as more
@@ -33,7 +33,7 @@ from zoo.outside.models import hub
 from zoo.outside.pictures import ConvAutoencoder, ConvMixer, ResUNet, Wave, WideResNet, siren, vgg
 from zoo.outside.sequences import IRNN, TCN, Decoder, LSTMModel, Padded, PatchTransformer
 from zoo.outside.vectors import Denoiser, Experts, Normed, PointNet, ResMLP, Siamese, contrast, diffusion, stack
-from zoo.surgery import after, detached, gaussian, he, multiplied
+from zoo.surgery import After, after, detached, gaussian, he, multiplied
 from zoo.training import Setup
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
@@ -66,6 +66,18 @@ def _closed(model, path):
     layer = model.get_submodule(path).requires_grad_(False)
     nn.init.zeros_(layer.weight)
     return model
+
+
+def _faint(model):
+    """Every block's output multiplied by a constant that is far too small."""
+    for block in model.blocks:
+        block.append(After(nn.Identity(), lambda y: 1e-7 * y))
+    return model
+
+
+def _detached_attention():
+    model = hub("qwen3", num_hidden_layers=2)
+    return after(after(model, "model.layers.0.self_attn", detached), "model.layers.1.self_attn", detached)
 
 
 def _all_alike(now, batch):
@@ -147,7 +159,7 @@ DEPTH = {
 
 BRANCHES = {
     "convmixer-faint": Case(
-        "silent-branch", r"spatial\.2", Setup(_T(ConvMixer, 5, scales=[1, 1, 1e-6, 1, 1]), digits16, lr=3e-3, steps=120, every=10),
+        "silent-branch", r"spatial", Setup(_T(ConvMixer, 5, scales=[1e-6] * 5), digits16, lr=3e-3, steps=120, every=10),
         more.ratio("spatial.2", "spatial.2", times=1e-6, below=1e-3), "last layer|factor|gain|scale", {"model": _T(ConvMixer, 5)},
     ),
     "qwen2-closed": Case(
@@ -155,7 +167,7 @@ BRANCHES = {
         proof.branch("model.layers.1", part="model.layers.1.self_attn", below=1e-6), ".", {"model": _T(hub, "qwen2")}, ("blocked-gradient", "frozen-parameter"),
     ),
     "denoiser-faint": Case(
-        "silent-branch", r"blocks\.2", _blur.but(model=lambda: after(Denoiser(), "blocks.2", lambda y: 1e-5 * y)),
+        "silent-branch", r"blocks", _blur.but(model=lambda: _faint(Denoiser())),
         proof.branch("blocks.2", part="blocks.2", below=1e-3), "last layer|factor|gain|scale", {"model": Denoiser},
     ),
     "decoder-loud-feed": Case(
@@ -179,7 +191,7 @@ BRANCHES = {
         more.ratio("blocks.7", "blocks.7", times=0.003, below=0.03), "scale|larger", {"model": _T(ResMLP, 10, 10, classes=1)},
     ),
     "unet-no-graph": Case(
-        "blocked-gradient", r"middle|down", _photo.but(model=_T(ResUNet, frozen=True)),
+        "blocked-gradient", r"middle|down", _photo.but(model=_T(ResUNet, frozen=True), data=_T(noisy, size=32, noise=1.0), lr=3e-3, steps=150, every=25),
         proof.no_gradient("middle.", "middle"), "detach|no_grad", {"model": ResUNet},
     ),
     "points-through-numpy": Case(
@@ -187,8 +199,8 @@ BRANCHES = {
         proof.no_gradient("local.", "local"), "detach|no_grad", {"model": PointNet},
     ),
     "qwen3-detached": Case(
-        "blocked-gradient", r"layers\.2\.self_attn", Setup(lambda: after(hub("qwen3"), "model.layers.2.self_attn", detached), source, lr=2e-3, steps=150, every=10, **_adamw),
-        proof.no_gradient("model.layers.2.self_attn.", "model.layers.2.self_attn"), "detach", {"model": _T(hub, "qwen3")},
+        "blocked-gradient", r"layers\.[01]\.self_attn", Setup(_detached_attention, source, lr=2e-3, steps=300, every=25, **_adamw),
+        proof.no_gradient("model.layers.0.self_attn.", "model.layers.0.self_attn"), "detach", {"model": _T(hub, "qwen3", num_hidden_layers=2)},
     ),
     "mistral-massive": Case(
         "massive-activation", r".", Setup(lambda: _channel(hub("mistral")), source, lr=3e-4, **_adamw),
@@ -240,10 +252,10 @@ NUMBERS = {
     ),
     "electra-half-loss": Case(
         "gradient-underflow", r".", Setup(_T(hub, "electra"), gaps, factor=1e-5, steps=80, every=10, **_half),
-        proof.underflowed("layer", above=0.5), "GradScaler", {"scaler": True},
+        proof.underflowed("layer", above=0.5), "GradScaler", scale_said,
     ),
     "tables-half-loss": Case(
         "gradient-underflow", r".", _friedman.but(factor=1e-6, every=10, **_half),
-        proof.underflowed("blocks", above=0.5), "GradScaler", {"scaler": True},
+        proof.underflowed("blocks", above=0.5), "GradScaler", scale_said,
     ),
 }  # fmt: skip

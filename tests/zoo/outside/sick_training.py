@@ -11,10 +11,10 @@ from zoo import proofs as proof
 from zoo.case import Case, rate_said
 from zoo.disturbances import split, without
 from zoo.losses import elbo, seq2seq, square
-from zoo.outside.data import copies, digits16, friedman, gaps, moons, noisy, patches, source, table, twins, walks
+from zoo.outside.data import copies, digits16, friedman, gaps, moons, noisy, patches, source, table, twins, walks, waves
 from zoo.outside.models import hub
 from zoo.outside.pictures import ConvAutoencoder, DenseNet, ResUNet, WideResNet, mobile
-from zoo.outside.sequences import Decoder
+from zoo.outside.sequences import TCN, Decoder
 from zoo.outside.vectors import DQN, Denoiser, Siamese, Two, bellman, contrast, diffusion, stack
 from zoo.surgery import gaussian, multiplied, qk_norm, shifted
 from zoo.training import Setup
@@ -55,6 +55,8 @@ def _from_here(remedy):
 
 _values = Setup(DQN, walks, bellman, steps=150, every=25)
 
+_tanh_tcn = _T(TCN, act=nn.Tanh, skip=False)
+
 ACTIVATIONS = {
     "inverse-scale": Case(
         "attention-entropy-collapse", r"attend", Setup(_T(Decoder, 3, init=_xavier2, scale=12**0.5), source, lr=1e-3, steps=120, every=10),
@@ -77,7 +79,7 @@ ACTIVATIONS = {
     ),
     "rewards-in-thousands": Case(
         "dead-units", r"net", _values.but(data=_T(walks, reward=1000.0), loss=bellman_square, optimizer=SGD, lr=1e-4, options={"momentum": 0.9}),
-        proof.dead("net.3", above=0.4), ".", {"lr": 1e-7}, ("update-too-large", "gradient-spike"),
+        proof.dead("net.3", above=0.4), ".", {"lr": 1e-5}, ("update-too-large", "gradient-spike"),
     ),
     "coder-negative-bias": Case(
         "dead-units", r"encoder\.1", Setup(lambda: shifted(ConvAutoencoder(), "encoder.1.0.bias", -3.0), patches, lambda m, b: (m(b[0]) - b[0]).pow(2).mean(), every=10),
@@ -96,9 +98,9 @@ ACTIVATIONS = {
         proof.at_ends("3", low=0.03, high=0.97, above=0.5), "smaller|xavier|[Nn]ormalis",
         {"model": _T(stack, 30, 40, 40, 40, 2, act=nn.Sigmoid, init=nn.init.xavier_normal_)},
     ),
-    "values-wide-tanh": Case(
-        "saturated-activation", r"net\.[23]$", _values.but(model=lambda: multiplied(DQN(nn.Tanh), ("net.2.",), 40.0)),
-        proof.at_ends("net.3", low=-0.97, high=0.97, above=0.5), "smaller|xavier|[Nn]ormalis", {"model": _T(DQN, nn.Tanh)},
+    "tcn-wide-tanh": Case(
+        "saturated-activation", r"acts|layers", Setup(lambda: multiplied(_tanh_tcn(), ("layers.1.", "layers.2."), 20.0), waves, square, steps=150, every=25),
+        proof.at_ends("acts.2", low=-0.97, high=0.97, above=0.5), "smaller|xavier|[Nn]ormalis", {"model": _tanh_tcn},
     ),
 }  # fmt: skip
 

@@ -226,5 +226,5 @@ class Normed(nn.Module):
 
     def forward(self, x):
         x = self.first(x)
-        x = (x - x.mean(0)) / ((x - x.mean(0)).pow(2).mean(0).sqrt() + self.eps)
+        x = (x - x.mean(0)) / ((x - x.mean(0)).pow(2).mean(0) + self.eps).sqrt()
         return self.second(torch.relu(x))
