@@ -204,11 +204,11 @@ def _tamed(view: View, at: int) -> bool:
     sizes = dict(zip(grid.steps.tolist(), np.sqrt(np.nansum(grid["update_sq"], axis=1)).tolist(), strict=True))
     update = np.array([sizes.get(step, np.nan) for step in view.steps.tolist()]) / view.series("learning_rate")
     loss, after = view.series("loss"), slice(at + 1, at + 4)
-    usual, then = float(running_median(update)[at]), float(median(update[after]))
-    lately = min(usual, float(running_median(update, past=5)[at]))
+    then = float(median(update[after]))
+    usual = float(np.fmin(running_median(update)[at], running_median(update, past=5)[at]))
     level = float(running_median(loss)[at])
     recovered = float(median(loss[after])) < level + UNHARMED * abs(level)
-    return usual > 0 and float(update[at]) < JUMP * usual and then > DAMPED * lately and recovered
+    return usual > 0 and float(update[at]) < JUMP * usual and then > DAMPED * usual and recovered
 
 
 def spikes(view: View) -> list[Finding]:

@@ -10,14 +10,15 @@ from gradflow.rules import diagnose
 from gradflow.store import Run
 from zoo.case import Case
 from zoo.healthy import HEALTHY as FIRST_HEALTHY
+from zoo.held import HELD_HEALTHY, HELD_SICK
 from zoo.outside import OUTSIDE_HEALTHY, OUTSIDE_SICK
 from zoo.peers import PEERS
 from zoo.sick_flow import BRANCHES, DEPTH
 from zoo.sick_training import ACTIVATIONS, NUMBERS, OPTIMIZER
 from zoo.training import Setup, train
 
-SICK: dict[str, Case] = {**DEPTH, **BRANCHES, **NUMBERS, **ACTIVATIONS, **OPTIMIZER, **OUTSIDE_SICK}
-HEALTHY: dict[str, Setup] = {**FIRST_HEALTHY, **OUTSIDE_HEALTHY}
+SICK: dict[str, Case] = {**DEPTH, **BRANCHES, **NUMBERS, **ACTIVATIONS, **OPTIMIZER, **OUTSIDE_SICK, **HELD_SICK}
+HEALTHY: dict[str, Setup] = {**FIRST_HEALTHY, **OUTSIDE_HEALTHY, **HELD_HEALTHY}
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def one_hot(query, key, *, below, heads=4, causal=True, times=1.0):
     def proof(trained):
         p = _causal(times * _logits(trained, query, key, heads), causal).softmax(-1)[:, :, 4:]
         entropy = -(p * p.clamp_min(1e-300).log()).sum(-1)
-        keys = (p > 0).sum(-1).double() if not causal else torch.arange(5, 5 + p.shape[2]).double()
+        keys = torch.arange(5, 5 + p.shape[2]).double() if causal else torch.tensor(p.shape[-1]).double()
         return _within((entropy / keys.log()).mean().item(), below, None)
 
     return proof

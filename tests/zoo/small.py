@@ -72,7 +72,7 @@ DEEP = {
     "batchnorm-60": _small("exploding-gradient", _vec.but(model=_T(_stack, 60, norm=nn.BatchNorm1d), steps=10, every=5)),
     "unnormalised": _small({"signal-explosion": "cells"}, _vec.but(model=_T(_cells, 12, norm=False, init=he, final=False), lr=1e-4), "exploding-gradient"),
     "unnormalised-normed-head": _small({"signal-explosion": "cells"}, _vec.but(model=_T(_cells, 16, norm=False, init=he), lr=1e-4), "exploding-gradient"),
-    "unnormalised-conv": _small("signal-explosion", _pic.but(model=lambda: ConvNet(*[Unnormalised() for _ in range(12)]), lr=1e-6, steps=60), "exploding-gradient"),
+    "unnormalised-conv": _small("signal-explosion", _pic.but(model=lambda: ConvNet(*[Unnormalised() for _ in range(12)]), lr=1e-6, steps=60), "exploding-gradient", "update-too-small"),
     "unnormalised-transformer": _small({"signal-explosion": "blocks"}, _text.but(model=_T(transformer, 12, norm="none"), lr=1e-5, steps=60), "exploding-gradient"),
 }  # fmt: skip
 
