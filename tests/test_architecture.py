@@ -44,8 +44,8 @@ LEVELS = [
         recorder.taps recorder.recomputation recorder.description recorder.options recorder.recording recorder.sharding
         recorder.scaling recorder.stepping recorder.recorder recorder""",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence
-        rules.updates rules.attention rules.balance rules.blocked rules.explosion rules.nonfinite rules.precision
-        rules.signals rules.tokens rules.units rules""",
+        rules.updates rules.attention rules.balance rules.blocked rules.frozen rules.explosion rules.nonfinite
+        rules.precision rules.signals rules.tokens rules.units rules""",
         """plotting.style plotting.svg plotting.comparison plotting.depth plotting.heat plotting.layers plotting.timeline
         plotting.tokens plotting plotting.gallery plotting.depth_series plotting.series""",
     ],

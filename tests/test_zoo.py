@@ -20,6 +20,7 @@ QUICK_SICK = [
     "outside/side-head",
     "outside/spread-of-alike",
     "outside/points-through-numpy",
+    "held/graph-detached",
 ]
 QUICK_HEALTHY = [
     "mlp-relu",

@@ -15,6 +15,7 @@ from gradflow.rules import (
     blocked,
     explosion,
     faults,
+    frozen,
     gradients,
     grouping,
     nonfinite,
@@ -58,7 +59,7 @@ RULES: dict[str, Rule] = {
         balance.MASSIVE_ACTIVATION,
         updates.TOO_LARGE,
         updates.TOO_SMALL,
-        blocked.FROZEN,
+        frozen.FROZEN,
     )
 }
 _ORDER = {"error": 0, "warning": 1, "info": 2}

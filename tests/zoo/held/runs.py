@@ -93,7 +93,7 @@ SICK = {
         proof.gradient("layers.0", "layers.9", below=1e-3), "residual|gain|xavier|kaiming|initialis", {"model": _T(Plain, 10, act=nn.Tanh, skip=True)}, ("signal-collapse",),
     ),
     "gmlp-without-norms": Case(
-        "signal-explosion", r"narrow", _gmlp.but(model=_T(GMLP, WORDS, 8, norm=False, gain=2.5), lr=1e-4, steps=60),
+        "signal-explosion", r"narrow", _gmlp.but(model=_T(GMLP, WORDS, 8, norm=False, gain=2.5), steps=150),
         proof.signal("narrow.0", "narrow.7", above=1e2), "[Nn]ormali", {"model": _T(GMLP, WORDS, 8, gain=2.5)}, ("exploding-gradient",),
     ),
     "graph-hard": Case(
