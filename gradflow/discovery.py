@@ -49,7 +49,7 @@ def discover(model: nn.Module, /, *args: Any, **kwargs: Any) -> tuple[Graph, Str
         )
     tracer = Tracer(model)
     with _collection_paused():
-        with preserved(model), eager(model), tracer:
+        with preserved(model), eager(), tracer:
             model(*args, **kwargs)
         graph = tracer.take()
         return graph, analyse(graph)
@@ -126,11 +126,10 @@ def _random_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
+def eager() -> Iterator[None]:
     """Compiled parts of a model run eagerly, without recompilation before or after."""
-    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for _, m in named_modules(model))  # noqa: SLF001
-    if not compiled and "torch._dynamo" not in sys.modules:
-        yield  # importing the compiler takes seconds
+    if "torch._dynamo" not in sys.modules:
+        yield  # nothing is compiled, and importing the compiler takes seconds
         return
     with torch.compiler.set_stance("force_eager"):
         yield

@@ -85,7 +85,7 @@ def _passed(
     """The measured pass, and whether there was a gradient to follow."""
     faults: list[Exception] = []
     own = _own_gradients(model, tensors_in((args, kwargs)))
-    with preserved(model), eager(model), own, torch.inference_mode(False), torch.enable_grad():
+    with preserved(model), eager(), own, torch.inference_mode(False), torch.enable_grad():
         step = StepInProgress(
             model, 0, Plans(), rows=_ROWS, tables=frozenset(TABLES), on_error=faults.append, scale=lambda: None,
             trains=False,

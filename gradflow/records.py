@@ -100,11 +100,10 @@ class Node(NamedTuple):
         return -1 if self.lineage is None else self.lineage.channel_dim(self.index)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One call of one module's forward: `module` is its path, `parent` the index of the call it ran in (-1: none)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # as for a node
     module: str
     parent: int
     kind: str

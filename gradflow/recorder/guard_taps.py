@@ -89,7 +89,7 @@ class GuardTaps:
             self._calls += 1
             self._running.append(self._calls)
 
-    def _exited(self, path: str, module: nn.Module, output: Any) -> None:
+    def _exited(self, path: str, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """Runs after every forward of a module with parameters."""
         if _is_compiling() or current_backward() != -1 or not self._running:
             return

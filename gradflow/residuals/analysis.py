@@ -62,8 +62,5 @@ def _depths(graph: Graph, joins: set[int]) -> list[int]:
     """Joins on the longest path to every node, itself included."""
     depths: list[int] = []
     for node in graph.nodes:
-        depth = 0
-        for parent in node.parents:
-            depth = max(depth, depths[parent])
-        depths.append(depth + (node.index in joins))
+        depths.append(max(map(depths.__getitem__, node.parents), default=0) + (node.index in joins))
     return depths

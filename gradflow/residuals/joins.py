@@ -55,8 +55,7 @@ class JoinFinder:
             self._joins: dict[int, Match] = {}
             self._direct = [0] * len(self._nodes)
             self._past_join = [False] * len(self._nodes)
-            for index, sources in enumerate(self._roles.sources):
-                self._visit(index, sources)
+            self._visit_all()
             apart = self._sums.apart | self._carried_past()
             if not apart & self._joins.keys():
                 break
@@ -75,26 +74,35 @@ class JoinFinder:
                 forks.update(c for c in ways if len(roles.consumers[c]) > 1 or c in repeated)
         return forks
 
-    def _visit(self, index: int, sources: tuple[int, ...]) -> None:
-        """Decide on a node, then set the mask of possible forks that reach it directly.
+    def _visit_all(self) -> None:
+        """Decide on every node in order, and set the mask of possible forks that reach it directly.
 
         Directly: through no join's branch alone, as masks, positions and what lies inside a branch do.
         """
-        bit, direct, past = self.ancestry.bit, self._direct, self._past_join
-        match = self._match(index) if index in self._sums and index not in self._sums.apart else None
-        if match is None:
+        bit, direct, past, sums = self.ancestry.bit, self._direct, self._past_join, self._sums
+        for index, sources in enumerate(self._roles.sources):
+            if index in sums.members and index not in sums.apart and self._joined(index):
+                continue
             mask, after = 0, False
             for source in sources:
-                mask |= direct[source] | bit.get(source, 0)
+                mask |= direct[source]
+                if source in bit:
+                    mask |= bit[source]
                 after = after or past[source]
             direct[index], past[index] = mask, after
-            return
+
+    def _joined(self, index: int) -> bool:
+        """Whether an addition is a join; it is noted, and what reaches it directly is what reaches its skip."""
+        match = self._match(index)
+        if match is None:
+            return False
         self._joins[index] = match
         for partial in match.partials:
             self._joins.pop(partial, None)
         skip = match.skip.node
-        direct[index] = direct[skip] | bit.get(skip, 0)
-        past[index] = True
+        self._direct[index] = self._direct[skip] | self.ancestry.bit.get(skip, 0)
+        self._past_join[index] = True
+        return True
 
     # ---------------------------------------------------------------- matching
 
@@ -218,7 +226,7 @@ class JoinFinder:
             node = self._nodes[index]
             if depth > _GATE_DEPTH:
                 continue
-            if index in self._sums and node.op == "sub" and self._loses(index, same):
+            if index in self._sums.members and node.op == "sub" and self._loses(index, same):
                 self._sums.apart.add(index)
                 return modulated
             if node.op in {"mul", "div"} and len(node.parents) > 1:

@@ -19,6 +19,7 @@ class Sums:
 
     Attributes:
         all: Their indices, in order.
+        members: The same, as a set.
         uses: In how many of them a tensor, or something identity-like to it, is an operand.
         apart: Additions that are part of something else (a gate, a side input) and so neither joins nor partial sums.
     """
@@ -29,14 +30,11 @@ class Sums:
         self._returned = {index for call in graph.calls for index in call.outputs}
         self.apart: set[int] = set()
         self.all = [node.index for node in graph.nodes if node.op in families.ADDITIONS and self._is_sum(node)]
-        self._members = set(self.all)
+        self.members = set(self.all)
         self.uses: dict[int, int] = {}
         for index in self.all:
             for tensor in {c for p in graph.nodes[index].parents[:2] for c in roles.like.chain(p)}:
                 self.uses[tensor] = self.uses.get(tensor, 0) + 1
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._members
 
     def _is_sum(self, node: Node) -> bool:
         if len(node.parents) < 2 or not node.floating or not node.shape:
@@ -87,7 +85,7 @@ class Sums:
             node = self._nodes[index]
             if len(self._roles.consumers[index]) != 1 or index in self._returned or node.shape != whole.shape:
                 return None
-            if index in self._members:
+            if index in self.members:
                 return index if node.call == whole.call and index not in self.apart else None
             if node.op not in families.DROPOUT:
                 return None

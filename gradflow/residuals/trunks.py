@@ -87,10 +87,13 @@ def _longest(graph: Graph, siblings: Sequence[int], stops: set[int]) -> list[int
     for node in graph.nodes[min(made) :]:
         call = made.get(node.index)
         sources = graph.calls[call].inputs if call is not None else node.parents
-        ends = [reached[source] for source in sources if source in reached and source not in stops]
-        before = max(ends, key=length.__getitem__, default=-1)
+        longest, before = 0, -1
+        for source in sources:
+            end = reached.get(source, -1)
+            if end >= 0 and length[end] > longest and source not in stops:
+                longest, before = length[end], end
         if call is not None:
-            length[call], previous[call] = 1 + length.get(before, 0), before
+            length[call], previous[call] = 1 + longest, before
             reached[node.index] = call
         elif before >= 0:
             reached[node.index] = before

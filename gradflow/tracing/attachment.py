@@ -9,6 +9,7 @@ switches off and which rounds differently, runs without hooks and mode.
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,42 +35,20 @@ def _harmless() -> Callable[..., None]:
     return _nothing
 
 
-class _Hook:
+class _Hook(partial[None]):
     """A hook that a copied or pickled model does not carry on."""
 
-    __slots__ = ("_path", "_use")
-
-    def __init__(self, use: Callable[..., None], path: str) -> None:
-        self._use = use
-        self._path = path
+    __slots__ = ()
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _harmless, ()
 
 
-class _Before(_Hook):
-    """A forward pre-hook."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._use(self._path, module, args, kwargs)
-
-
-class _After(_Hook):
-    """A forward hook."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
-        self._use(self._path, module, output)
-
-
 def _registries(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Where a module keeps its pre-hooks, that they take keywords, its hooks, that they do, that they always run."""
+    """Where a module keeps its pre-hooks, that they take keywords, its hooks, that they always run."""
     return (
         module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks,  # noqa: SLF001
-        module._forward_hooks_with_kwargs, module._forward_hooks_always_called,  # noqa: SLF001
+        module._forward_hooks_always_called,  # noqa: SLF001
     )  # fmt: skip
 
 
@@ -79,7 +58,7 @@ class Attachment:
     Args:
         mode: The mode to keep on the stack, if any.
         entered: Called with path, module, arguments and keyword arguments when a module's forward begins.
-        exited: Called with path, module and output when it has ended, also by an exception (output None).
+        exited: Called with path, module, arguments and output when it has ended, also by an exception (output None).
         aside: Leave PyTorch's fused inference path alone (training goes on in the same bits); otherwise it is switched
             off by our presence, and what is inside is seen.
     """
@@ -120,10 +99,10 @@ class Attachment:
     def _hook(self, module: nn.Module) -> None:
         """Register both hooks, as `register_forward_hook` and its like do, without a handle for each."""
         path = self._paths[module]
-        before = _Before(self._before if self._aside else self._entered, path)
-        values = (before, True, _After(self._exited, path), True, True)
-        for hooks, value in zip(_registries(module), values, strict=True):
-            hooks[self._key] = value
+        pre_hooks, with_keywords, hooks, always = _registries(module)
+        pre_hooks[self._key] = _Hook(self._before if self._aside else self._entered, path)
+        hooks[self._key] = _Hook(self._exited, path)
+        with_keywords[self._key] = always[self._key] = True
         self._hooked.add(module)
 
     def _unhook(self, module: nn.Module) -> None:
@@ -140,7 +119,7 @@ class Attachment:
         """No hook in `fused` and no mode until its forward ends; a global hook, which it does not look at, waits."""
         inside = [module for module in fused.modules() if module in self._hooked]
 
-        def back(module: nn.Module, _args: Any, output: Any) -> None:
+        def back(module: nn.Module, args: Any, output: Any) -> None:
             if module is not fused or self._waiting is None:
                 return
             self._waiting.remove()
@@ -148,7 +127,7 @@ class Attachment:
             _push_below(self._mode)
             for each in inside:
                 self._hook(each)
-            self._exited(path, module, output)
+            self._exited(path, module, args, output)
 
         for module in inside:
             self._unhook(module)

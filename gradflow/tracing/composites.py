@@ -81,8 +81,8 @@ def written_out(
     register: Register, name: str, parents: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Addition | None:
     """Put into the graph what a composite operation adds up; None for one that is no sum of several tensors."""
-    rows = register.rows
-    if not parents or (name in _MATRICES and len(rows[parents[0]][5]) < 2):
+    nodes = register.nodes
+    if not parents or (name in _MATRICES and len(nodes[parents[0]].shape) < 2):
         return None  # the first operand is a bias, which is part of the linear map
     if name == "sum":
         return _stacked(register, parents, args, kwargs)
@@ -92,12 +92,12 @@ def written_out(
     if scales is None or not scales[0] or len(operands) != (2 if numeric else 3):
         return None  # with a `beta` of 0 the first operand is not read
     detail: dict[str, Any] = {key: scale for key, scale in zip(("beta", "alpha"), scales, strict=True) if scale != 1}
-    shapes = [rows[operand][5] for operand in operands]
+    shapes = [nodes[operand].shape for operand in operands]
     if numeric:
         return Addition(operands, {**detail, "inputs": (-1, 2, (0,), (1,))})
     if name == "lerp":
-        start, end, weight = operands
-        weighed = [register.virtual("mul", (x, weight), _broadcast(rows[x][5], shapes[2]), {}) for x in (start, end)]
+        *ends, weight = operands
+        weighed = [register.virtual("mul", (x, weight), _broadcast(nodes[x].shape, shapes[2]), {}) for x in ends]
         return Addition(tuple(weighed), {**detail, "inputs": (-1, 3, (0,), (1,))})
     added, *multiplied = operands
     product = PRODUCTS[name]
@@ -118,18 +118,19 @@ def _stacked(
     register: Register, parents: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Addition | None:
     """The additions of a sum over what was stacked."""
-    _, op, parts, _, _, shape, _, _, _, detail = register.rows[parents[0]]
+    nodes, stacked = register.nodes, register.nodes[parents[0]]
+    parts = stacked.parents
     keeps = kwargs.get("keepdim", kwargs.get("keepdims", args[2] if len(args) > 2 else False))
-    if op != "stack" or len(parts) < 2 or keeps:
+    if stacked.op != "stack" or len(parts) < 2 or keeps:
         return None
     axes = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
     axis = axes[0] if isinstance(axes, (tuple, list)) and len(axes) == 1 else axes
-    if not isinstance(axis, int) or axis % len(shape) != detail["dim"] % len(shape):
+    if not isinstance(axis, int) or axis % len(stacked.shape) != stacked.detail["dim"] % len(stacked.shape):
         return None
-    stack, count, total = parents[0], len(parts), parts[0]
+    stack, count, total = stacked.index, len(parts), parts[0]
     for place, part in enumerate(parts[1:-1], start=1):
         inputs = (stack, count, tuple(range(place)), (place,))
-        total = register.virtual("add", (total, part), register.rows[part][5], {"inputs": inputs})
+        total = register.virtual("add", (total, part), nodes[part].shape, {"inputs": inputs})
     last = (stack, count, tuple(range(count - 1)), (count - 1,))
-    partial = range(len(register.rows) - (count - 2), len(register.rows))
+    partial = range(len(nodes) - (count - 2), len(nodes))
     return Addition((total, parts[-1], stack), {"inputs": last, "stack": stack}, partial)

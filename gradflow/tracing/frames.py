@@ -60,7 +60,7 @@ class Frames:
         enabled = torch.is_grad_enabled()
         frame = _Frame(
             len(self._all), path, stack[-1].index if stack else -1, type(module).__name__, enabled,
-            enabled or self._is_computed_again(), len(register.rows), inputs,
+            enabled or self._is_computed_again(), len(register.nodes), inputs,
         )  # fmt: skip
         self._all.append(frame)
         stack.append(frame)
@@ -133,7 +133,7 @@ class Frames:
     def _unknown_output(self, tensor: Tensor, frame: _Frame, module: nn.Module) -> int:
         """Node for a module's output that no traced operation made."""
         register = self._register
-        silent = len(register.rows) == frame.first_node
+        silent = len(register.nodes) == frame.first_node
         known = id(tensor) in register.names or isinstance(tensor, nn.Parameter) or not tensor.is_floating_point()
         if known or not frame.inputs or (not silent and tensor.grad_fn is not None):
             return register.node_for(tensor)

@@ -57,6 +57,7 @@ class Operation:
         factory: It makes a tensor that depends on no operand's values.
         first_only: Only its first operand's values count.
         detailed: Its numbers matter (axes moved, a factor, a power), not its tensors alone.
+        plain: None of these.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Operation:
     factory: bool = False
     first_only: bool = False
     detailed: bool = False
+    plain: bool = False
 
 
 def _split(raw: str) -> tuple[str, bool, bool]:
@@ -99,12 +101,6 @@ def operation(func: Any) -> Operation:
     name = _SYNONYMS.get(name, name)
     if name in {"requires_grad", "resize_as", "rename", "names"} and inplace:
         return Operation(name, unseen=True)
-    return Operation(
-        name,
-        inplace,
-        reflected,
-        unseen=name in _UNSEEN,
-        factory=name in _FACTORIES and not inplace,
-        first_only=name in _LIKE_FIRST,
-        detailed=name in _DETAILED,
-    )
+    factory, first_only, detailed = name in _FACTORIES and not inplace, name in _LIKE_FIRST, name in _DETAILED
+    plain = not (inplace or reflected or factory or first_only or detailed)
+    return Operation(name, inplace, reflected, name in _UNSEEN, factory, first_only, detailed, plain)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gradflow.records import Node, Problem
-from gradflow.tracing.lineage import Row, RowLineage
+from gradflow.tracing.lineage import RunningLineage
 from gradflow.tracing.modules import tensors_in
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
 _WALK_LIMIT = 20_000
+_node: Any = tuple.__new__  # a NamedTuple's own constructor takes three times as long
 _ORDINARY = frozenset({Tensor, nn.Parameter})
 _ATOMS = frozenset({
     int, float, bool, complex, str, type(None), type(...), slice, torch.Size, torch.dtype, torch.device, torch.layout,
@@ -36,10 +39,10 @@ class _Signals(dict[torch.dtype, bool]):
 _SIGNALS = _Signals()
 
 
-class Register(Sequence[Node]):
-    """The nodes of a pass, as rows, and the tensors that they stand for.
+class Register:
+    """The nodes of a pass, and the tensors that they stand for.
 
-    As a sequence it makes its nodes on demand. `scope` and `call` are where operations run at present; `names` the
+    `scope` and `call` are where operations run at present; `names` the
     parameters and buffers by identity; `edges` the autograd node and output number of every node that has them;
     `entries` the known tensors by `id`: weak reference, node, version, whether autograd follows.
     """
@@ -49,8 +52,8 @@ class Register(Sequence[Node]):
         self.scope = ""
         self.call = -1
         self.problems: list[Problem] = []
-        self.rows: list[Row] = []
-        self._lineage = RowLineage(self.rows)
+        self.nodes: list[Node] = []
+        self._lineage = RunningLineage(self.nodes)
         self._refs: list[Callable[[], Tensor | None]] = []
         self.entries: dict[int, tuple[weakref.ref[Tensor], int, int, bool]] = {}
         self.overwrites = False  # versions need no look while nothing was overwritten
@@ -96,13 +99,16 @@ class Register(Sequence[Node]):
                 entry = entries.get(id(value))
                 if entry and unchanged and (entry[3] or not value.requires_grad) and entry[0]() is value:
                     found.append(entry[1])
+                elif entry is None and kind is nn.Parameter:
+                    found.append(self._outside(value, ""))
                 else:
                     found.append(self.node_for(value))
             elif kind not in _ATOMS:
                 found += self._nested(value)
-        for key, value in kwargs.items():
-            if type(value) not in _ATOMS and key != "out":
-                found += self._nested(value)
+        if kwargs:
+            for key, value in kwargs.items():
+                if type(value) not in _ATOMS and key != "out":
+                    found += self._nested(value)
         return tuple(found)
 
     def _nested(self, value: Any) -> list[int]:
@@ -129,11 +135,13 @@ class Register(Sequence[Node]):
         self, tensor: Tensor, op: str, parents: tuple[int, ...], detail: dict[str, Any], *, inplace: bool = False
     ) -> int:
         """Make a node for a tensor (runs at every operation)."""
-        index = len(self.rows)
+        index = len(self.nodes)
         grad = tensor.requires_grad
         shape = tuple(tensor.shape) if type(tensor) in _ORDINARY else _sizes(tensor.shape)
         floating = _SIGNALS[tensor.dtype]
-        self.rows.append((index, op, parents, self.scope, self.call, shape, floating, grad, inplace, detail))
+        self.nodes.append(_node(Node, (
+            index, op, parents, self.scope, self.call, shape, floating, grad, inplace, detail, self._lineage,
+        )))  # fmt: skip
         reference = weakref.ref(tensor)
         self._refs.append(reference)
         try:
@@ -152,10 +160,12 @@ class Register(Sequence[Node]):
 
     def virtual(self, op: str, parents: tuple[int, ...], shape: tuple[int, ...], detail: dict[str, Any]) -> int:
         """Make a node for something that an operation computes on the way and no tensor holds."""
-        rows, index = self.rows, len(self.rows)
-        floating = all(rows[parent][6] for parent in parents)
-        grad = torch.is_grad_enabled() and any(rows[parent][7] for parent in parents)
-        rows.append((index, op, parents, self.scope, self.call, shape, floating, grad, False, detail))
+        nodes, index = self.nodes, len(self.nodes)
+        floating = all(nodes[parent].floating for parent in parents)
+        grad = torch.is_grad_enabled() and any(nodes[parent].requires_grad for parent in parents)
+        nodes.append(
+            Node(index, op, parents, self.scope, self.call, shape, floating, grad, detail=detail, lineage=self._lineage)
+        )
         self._refs.append(_nothing)
         return index
 
@@ -189,7 +199,7 @@ class Register(Sequence[Node]):
         if not writers:  # an operation updated it on its own (batch-norm statistics)
             self.entries[id(tensor)] = (weakref.ref(tensor), node, version, tensor.requires_grad)
             return node
-        if math.prod(self.rows[writers[-1]][5]) == tensor.numel():
+        if math.prod(self.nodes[writers[-1]].shape) == tensor.numel():
             return self.add(tensor, "view", (writers[-1],), {})
         return self.add(tensor, "update", (node, *writers), {})
 
@@ -208,7 +218,7 @@ class Register(Sequence[Node]):
             return known
         name = function.name() if function is not None else "tensor"
         parents, learned = self._walk(function, edges)
-        if kind == "input" and all(self.rows[parent][1] == "parameter" for parent in parents):
+        if kind == "input" and all(self.nodes[parent].op == "parameter" for parent in parents):
             return self._outside(tensor, kind)
         if len(parents) == 1 and not learned and self._only_handed_on(tensor, parents[0]):
             return self.add(tensor, "alias", tuple(parents), {})
@@ -265,25 +275,11 @@ class Register(Sequence[Node]):
     # ---------------------------------------------------------------- results
 
     def fingerprint(self) -> int:
-        """Hash of the rows so far: operations, parents, scopes, and whether autograd follows."""
-        for _, op, parents, scope, _, _, _, grad, _, _ in self.rows[self._hashed :]:
+        """Hash of the nodes so far: operations, parents, scopes, and whether autograd follows."""
+        for _, op, parents, scope, _, _, _, grad, _, _, _ in self.nodes[self._hashed :]:
             self._hash = hash((self._hash, op, parents, scope, grad))
-        self._hashed = len(self.rows)
+        self._hashed = len(self.nodes)
         return self._hash
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Node: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Node, ...]: ...
-    def __getitem__(self, index: int | slice) -> Node | tuple[Node, ...]:
-        """A row as a node."""
-        lineage = self._lineage
-        if isinstance(index, slice):
-            return tuple([Node._make((*row, lineage)) for row in self.rows[index]])
-        return Node._make((*self.rows[index], lineage))
 
 
 def _nothing() -> None:

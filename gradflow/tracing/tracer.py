@@ -98,7 +98,7 @@ class Tracer(TorchFunctionMode):
     def take(self) -> Graph:
         """Graph of the pass so far; the tracer begins a new pass."""
         register = self._register
-        graph = Graph(register[:], self._frames.calls(), tuple(register.problems))
+        graph = Graph(tuple(register.nodes), self._frames.calls(), tuple(register.problems))
         self.clear()
         return graph
 
@@ -113,15 +113,13 @@ class Tracer(TorchFunctionMode):
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """The nodes of the pass so far, made on demand."""
-        return self._register
+        """The nodes of the pass so far."""
+        return self._register.nodes
 
     @property
     def edges(self) -> dict[int, tuple[Any, int]]:
         """`edge` of every node that has one; the dictionary stays valid after `take()`."""
         return self._register.edges
-
-    _nodes, _edges = nodes, edges
 
     def edge(self, node: int) -> tuple[Any, int] | None:
         """Autograd node and output number of a traced tensor, None if autograd does not follow it.
@@ -143,7 +141,7 @@ class Tracer(TorchFunctionMode):
         except Exception as error:  # noqa: BLE001 (whatever it is, the model's forward goes on)
             self._fault(error)
 
-    def _exit_call(self, path: str, module: nn.Module, output: Any) -> None:
+    def _exit_call(self, path: str, module: nn.Module, _args: _Args, output: Any) -> None:
         if self._failed or (current_backward() != -1 and not self.recomputes):
             return
         place = self._frames.running(path)
@@ -165,21 +163,25 @@ class Tracer(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: _Args = (), kwargs: _Kwargs | None = None
     ) -> Any:
         """Run one operation and put it into the graph (runs at every operation)."""
-        kwargs = kwargs or {}
         what = operation(func)
         if what.unseen or self._failed or (current_backward() != -1 and not self.recomputes):
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
         if what.name in self._watches:
             return self._observed(what, func, args, kwargs)
+        register, plain = self._register, what.plain
         try:
-            parents = self._parents(what, args, kwargs)
+            parents = register.parents(args, kwargs) if plain else self._parents(what, args, kwargs)
         except Exception as error:  # noqa: BLE001 (whatever it is, the model's operation runs)
             self._fault(error)
         out = func(*args, **kwargs)  # once, whatever happens to us; what it raises is the model's own
         if self._failed:
             return out
         try:
-            self._record(what, parents, args, kwargs, out)
+            if plain and type(out) is Tensor and not register.knows(out):
+                register.add(out, what.name, parents, {})
+            else:
+                self._record(what, parents, args, kwargs, out)
         except Exception as error:  # noqa: BLE001
             self._fault(error)
         return out
