@@ -153,6 +153,7 @@ DERIVED: dict[str, tuple[Derived, ...]] = {
         Derived("out_rms", "√(out_sq/n)", "1", "size of the signal at this point", _rms("out_sq")),
         Derived("grad_rms", "√(grad_sq/n)", "1", "size of the gradient at this point", _rms("grad_sq")),
     ),
+    "faults": (),
 }
 
 

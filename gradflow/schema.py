@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 SCHEMA_VERSION = 1
+OUTSIDE = "training step"
+"""`faults.module` of an operation that ran in no module's forward: a loss function."""
 Merge = Literal["key", "sum", "grad_sum", "norm", "max", "min", "mean", "first"]
 
 
@@ -147,5 +149,15 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _other("kurtosis", "mean", "E x⁴/(E x²)² on the row sample; 3 for a normal distribution"),
         _other("max_over_median", "max", "largest over median |x| on the row sample"),
         *_SHARES,
+    ),
+    "faults": (
+        STEP,
+        RANK,
+        _key("direction", "string", "`forward` or `backward`: the pass in which numbers stopped being finite"),
+        _key("operation", "string", "the operation that gave the first ones, from finite operands; empty if untold"),
+        _key("module", "string", f"module in whose forward it ran; `{OUTSIDE}` outside of every module"),
+        Column("reason", "string", "first", "", "what could not be told, and why; empty if all is told"),
+        _count("n", "elements of its result (backwards: of a gradient that it sent)"),
+        _count("nonfinite", "NaN and infinite ones among them"),
     ),
 }

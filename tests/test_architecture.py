@@ -23,7 +23,8 @@ LEVELS = [
     ],
     [
         """tracing.operations tracing.axes tracing.modules tracing.lineage tracing.register tracing.composites
-        tracing.reentrant tracing.frames tracing.attachment tracing.observation tracing.tracer tracing""",
+        tracing.reentrant tracing.frames tracing.attachment tracing.observation tracing.tape tracing.tracer
+        tracing""",
         """residuals.families residuals.likeness residuals.roles residuals.ancestry residuals.sums residuals.paths
         residuals.joins residuals.naming residuals.streams residuals.trunks residuals.analysis
         residuals""",
@@ -40,7 +41,7 @@ LEVELS = [
         """recorder.buffer recorder.measurable recorder.hooks recorder.join_taps recorder.join_gradients recorder.ledgers
         recorder.layer_taps recorder.parameter_taps recorder.stream_taps recorder.attention_taps recorder.plans
         recorder.addition_taps
-        recorder.guard_taps recorder.guard
+        recorder.origins recorder.guard_taps recorder.guard
         recorder.taps recorder.recomputation recorder.description recorder.options recorder.recording recorder.sharding
         recorder.scaling recorder.stepping recorder.recorder recorder""",
         """rules.texts rules.view rules.faults rules.depth rules.grouping rules.registry rules.gradients rules.silence

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradflow.recorder.buffer import Row
     from gradflow.recorder.recording import Finished
 
-TABLES = frozenset({"layers", "parameters"})
+TABLES = frozenset({"layers", "parameters", "faults"})
 """What a guarded step records."""
 
 

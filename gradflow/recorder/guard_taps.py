@@ -1,18 +1,17 @@
 """What watches a guarded step from inside: the outputs of modules with parameters, and where a backward pass begins.
 
-It traces nothing and places no hook on gradients: those of the parameters tell where a backward pass broke. Compiled
-modules stay compiled and are seen as a whole, by what they give.
-
-On a CPU the loss is at hand before the backward pass: outputs are kept until then, which is what autograd does with
-most of them anyway, and looked at only if it is not finite. On a device nothing may wait for the loss, and each output
-is asked for its largest element.
+On a CPU the loss is at hand before the backward pass: operations are noted on a tape (which keeps no result alive), and
+outputs are looked at only if it is not finite. On a device nothing may wait for the loss, and each output is asked for
+its largest element. Compiled modules stay compiled and are seen as a whole, by what they give.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,8 @@ from gradflow import statistics
 from gradflow.recorder.hooks import undisturbed
 from gradflow.recorder.layer_taps import Occurrences, module_layer
 from gradflow.recorder.measurable import measurable
-from gradflow.tracing.attachment import FUSED, Attachment
+from gradflow.recorder.origins import Output
+from gradflow.tracing.attachment import Attachment
 from gradflow.tracing.modules import survey, tensors_in
 from gradflow.tracing.reentrant import current_backward, follows_gradients
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from gradflow.recorder.buffer import Buffer
     from gradflow.records import Layer
     from gradflow.statistics import Number
+    from gradflow.tracing.tape import Tape
 
 _is_compiling = torch.compiler.is_compiling
-_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # noqa: SLF001  what autograd saves goes elsewhere
 
 
 def _compiled_frames() -> int:
@@ -44,14 +44,12 @@ def _compiled_frames() -> int:
 
 @dataclass
 class Known:
-    """What guarded steps have learned about a training.
+    """What guarded steps know about a training.
 
     Attributes:
-        at_once: Paths of modules whose output the model overwrites in place: it is looked at before.
         frames: Pieces of code that dynamo had compiled when the training began.
     """
 
-    at_once: set[str] = field(default_factory=set)
     frames: int = field(default_factory=_compiled_frames)
 
 
@@ -63,14 +61,15 @@ class GuardTaps:
 
     def __init__(
         self, model: nn.Module, buffer: Buffer, *, known: Known, on_error: Callable[[Exception], None],
-        on_backward: Callable[[Tensor | None], None], after_backward: Callable[[], None],
+        on_backward: Callable[[Tensor | None], None], after_backward: Callable[[], None], tape: Tape | None,
     ) -> None:  # fmt: skip
         self.points: dict[str, str] = {}
         self._paths, compiled = _useful(model, known)
-        mode = None if compiled else _Backwards(on_backward, after_backward, on_error)
-        self.layers = Outputs(buffer, known, keeps=not compiled)
+        self.tape = None if compiled else tape
+        mode = None if compiled else _Operations(on_backward, after_backward, on_error, tape)
+        self.layers = Outputs(buffer, self.tape)
         self._on_error = on_error
-        self._running: list[int] = []
+        self._running: list[tuple[str, int]] = []
         self._calls = 0
         self._attachment = Attachment(mode, self._entered, self._exited, aside=True)
 
@@ -82,32 +81,41 @@ class GuardTaps:
         """Take them off."""
         self._attachment.close()
         self._running.clear()
+        self._placed()
 
-    def _entered(self, _path: str, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        """Runs before every forward of a module with parameters."""
+    def _entered(self, path: str, module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        """Runs before every forward."""
         if not _is_compiling() and current_backward() == -1:
-            self._calls += 1
-            self._running.append(self._calls)
+            self._calls += bool(module._parameters)  # noqa: SLF001
+            self._running.append((path, self._calls))
+            self._placed()
 
     def _exited(self, path: str, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        """Runs after every forward of a module with parameters."""
+        """Runs after every forward."""
         if _is_compiling() or current_backward() != -1 or not self._running:
             return
         try:
-            if self._running.pop() == self._calls:  # no other ran inside
+            _, call = self._running.pop()
+            self._placed()
+            if module._parameters and call == self._calls:  # noqa: SLF001  no other ran inside
                 with torch._C.DisableTorchFunction():  # noqa: SLF001
                     self.layers.take(path, module, output)
         except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
             self._on_error(error)
 
-    def judge(self, *, sound: bool) -> None:
-        """A backward pass is about to run; `sound` if its loss is known to be finite."""
-        self.layers.judge(sound=sound)
+    def _placed(self) -> None:
+        if self.tape is not None:
+            self.tape.scope = self._running[-1][0] if self._running else None
+
+    def judge(self, *, sound: bool) -> list[Output]:
+        """A backward pass is about to run, of a loss that is finite if `sound`; outputs that are to be looked at."""
+        return self.layers.judge(sound=sound)
 
     def close_pass(self) -> None:
         """Whatever has run so far is a pass."""
         self.layers.new_pass()
-        self._running.clear()
+        if self.tape is not None:
+            self.tape.clear()
 
     def finish(self) -> None:
         """The step is over."""
@@ -120,13 +128,12 @@ class GuardTaps:
 
 
 class Outputs:
-    """Whether the outputs of layers are finite. With `keeps` they may be kept until the loss is known."""
+    """Whether the outputs of layers are finite. Where a tape runs they are looked at once the loss is known."""
 
-    def __init__(self, buffer: Buffer, known: Known, *, keeps: bool) -> None:
+    def __init__(self, buffer: Buffer, tape: Tape | None) -> None:
         self._buffer = buffer
-        self._known = known
-        self._keeps = keeps
-        self._pass: list[tuple[str, nn.Module, bool, Tensor | dict[str, Number], int]] = []
+        self._tape = tape
+        self._pass: list[tuple[str, nn.Module, bool, tuple[ref[Tensor], int] | dict[str, Number]]] = []
         self._occurrences = Occurrences()
 
     @property
@@ -135,44 +142,41 @@ class Outputs:
         return self._occurrences.layers
 
     def new_pass(self) -> None:
-        """Occurrences count from 0 again, and what was kept is let go of."""
+        """Occurrences count from 0 again."""
         self._pass.clear()
         self._occurrences.new_pass()
 
     def take(self, path: str, module: nn.Module, output: Any) -> None:
-        """Keep the output of a module, or look at it at once."""
+        """Remember the output of a module, or look at it at once."""
         given = output if isinstance(output, Tensor) else next(iter(tensors_in(output, 3)), None)
         if given is None or not given.is_floating_point():
             return
-        if self._keeps and path not in self._known.at_once and _lives_on(given):
-            self._pass.append((path, module, True, given, given._version))  # noqa: SLF001
-            return
         grad = follows_gradients()
+        if self._tape is not None:
+            self._pass.append((path, module, grad, (ref(given), len(self._tape))))
+            return
         with undisturbed():
             out = measurable(given)
             if out is not None:
-                self._pass.append((path, module, grad, _finiteness(out), 0))
+                self._pass.append((path, module, grad, _finiteness(out)))
 
-    def judge(self, *, sound: bool) -> None:
-        """Look at what was kept, unless all is `sound`, and hand on what was found."""
-        for path, module, grad, found, version in self._pass:
+    def judge(self, *, sound: bool) -> list[Output]:
+        """Hand on what was found; what was remembered is to be looked at unless all is `sound`."""
+        wanted = []
+        for path, module, grad, found in self._pass:
             name = self._occurrences.name(module_layer(path, module), grad=grad)
             if isinstance(found, dict):
                 self._buffer.put("layers", name, {**found})
-                continue
-            intact = found._version == version  # noqa: SLF001
-            if not intact:
-                self._known.at_once.add(path)
             elif not sound:
-                out = measurable(found)
-                if out is not None:
-                    self._buffer.put("layers", name, {**_finiteness(out)})
+                wanted.append(Output(id(found[0]), found[1], partial(self._use, name)))
+        self._remembered = [*self._pass]  # the keys stand for these references
         self._pass.clear()
+        return wanted
 
-
-def _lives_on(given: Tensor) -> bool:
-    """Whether autograd lets most outputs live until the backward pass: not without gradient, not when checkpointing."""
-    return given.grad_fn is not None and given.device.type == "cpu" and _saving_hooks(True) is None
+    def _use(self, name: str, output: Tensor) -> None:
+        out = measurable(output)
+        if out is not None:
+            self._buffer.put("layers", name, {**_finiteness(out)})
 
 
 def _finiteness(out: Tensor) -> dict[str, Number]:
@@ -183,23 +187,28 @@ def _finiteness(out: Tensor) -> dict[str, Number]:
     return {"n": n, "out_max": statistics.max_abs(out)}
 
 
-class _Backwards(TorchFunctionMode):
-    """Notices `loss.backward()`; every other operation passes."""
+class _Operations(TorchFunctionMode):
+    """Notices `loss.backward()`, and has every other operation noted if there is a tape."""
 
     def __init__(
-        self, before: Callable[[Tensor | None], None], after: Callable[[], None], on_error: Callable[[Exception], None]
-    ) -> None:
+        self, before: Callable[[Tensor | None], None], after: Callable[[], None], on_error: Callable[[Exception], None],
+        tape: Tape | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._before, self._after, self._on_error = before, after, on_error
+        self._tape = tape
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation (runs at every operation of a guarded step)."""
-        if func is not _backward or current_backward() != -1:
-            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if _is_compiling() or current_backward() != -1:
+            return func(*args, **kwargs)
+        if func is not _backward:
+            return func(*args, **kwargs) if self._tape is None else self._tape.run(func, args, kwargs)
         self._told(lambda: self._before(args[0]))
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         self._told(self._after)
         return out
 
@@ -214,17 +223,16 @@ _backward: Any = Tensor.backward
 
 
 def _useful(model: nn.Module, known: Known) -> tuple[dict[nn.Module, str], bool]:
-    """Modules with parameters of their own, with their paths, and whether any are out of reach, being compiled.
+    """Modules that are seen, with their paths, and whether any are out of reach, being compiled.
 
-    Besides them those on whose account hooks may have to stand aside. What `torch.compile` wrapped gets its hook on the
+    What `torch.compile` wrapped gets its hook on the
     wrapper, outside of the compiled code; a module that was compiled in place (`module.compile()`) has none. Hooks
     inside a compiled function would be compiled with it, again at every step: once that is noticed there are none.
     """
     paths, _ = survey(model)
-    useful = {m: path for m, path in paths.items() if m._parameters or isinstance(m, FUSED)}  # noqa: SLF001
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
-        return useful, False
+        return paths, False
     inside: set[nn.Module] = set()
     wrappers: dict[nn.Module, str] = {}
     for module in model.modules():
@@ -235,4 +243,4 @@ def _useful(model: nn.Module, known: Known) -> tuple[dict[nn.Module, str], bool]
             inside.update(module.modules())
     if not inside and _compiled_frames() > known.frames:
         return {}, True
-    return {m: path for m, path in {**useful, **wrappers}.items() if m not in inside}, bool(inside)
+    return {m: path for m, path in {**paths, **wrappers}.items() if m not in inside}, bool(inside)

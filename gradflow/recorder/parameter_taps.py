@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,6 +85,17 @@ class ParameterTaps:
     def measured(self) -> frozenset[str]:
         """Names of the parameters whose gradient has been measured."""
         return frozenset(self._gradients)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether all parameters are in the host's memory."""
+        return all(parameter.device.type == "cpu" for parameter in self._parameters.values())
+
+    @property
+    def broken(self) -> bool:
+        """Whether a measured gradient is known not to be finite (on a device none is known to be)."""
+        sums = (values.get("grad_sq") for values in self._gradients.values())
+        return any(isinstance(value, float) and not math.isfinite(value) for value in sums)
 
     def cleared(self) -> bool:
         """Whether no parameter holds a gradient: a backward pass starts from nothing."""

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gradflow")
 
+ALWAYS = frozenset({"steps", "faults"})
+"""Tables that are written whatever is asked for."""
 FLUSH_STEPS = 20
 """Sampled steps after which measured rows are written."""
 FLUSH_SECONDS = 30.0
@@ -68,9 +70,9 @@ class Recorder:
         tables: `"all"`, or the names of the tables to record.
         scaler: The `torch.amp.GradScaler` in use, so that its scale can be divided out.
         nan_guard: Watch the steps between sampled ones too, for NaN and infinity alone: the first step with any is
-            recorded, so that the finding names its layer and direction exactly (not the operation). On a CPU such a
-            step takes 1.04 to 1.11 times as long (README, Cost) and keeps the outputs of layers until the loss is
-            known. Compiled models stay compiled; of them the step is told, and their inside is not.
+            recorded, so that the finding names its operation, layer and direction. What that costs is in the README,
+            Cost. Compiled models stay compiled; of them the step is told, and their inside is not. On a device the
+            operation is not told.
         strict: Raise on a fault of ours instead of switching recording off.
         info: What `run.json` should say besides (`precision`, `world_size`, ...).
 
@@ -285,7 +287,7 @@ class Recorder:
             if self.on_rows is not None:
                 self.on_rows(step.step, headline(rows_by_table))
             for table, rows in rows_by_table.items():
-                if table == "steps" or table in (self.tables | GUARDED if step.guard else self.tables):
+                if table in ALWAYS or table in (self.tables | GUARDED if step.guard else self.tables):
                     tables.setdefault(table, []).extend(rows)
         for table, rows in tables.items():
             columns = [column.name for column in TABLES[table] if column.name != "rank"]

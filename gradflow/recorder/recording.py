@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from gradflow import geometry
 from gradflow.recorder.buffer import Buffer, Row
+from gradflow.recorder.guard import is_broken
 from gradflow.recorder.guard_taps import GuardTaps, Known
 from gradflow.recorder.hooks import undisturbed
 from gradflow.recorder.ledgers import SEPARATOR
+from gradflow.recorder.origins import Origin, Pass
 from gradflow.recorder.parameter_taps import ParameterTaps
 from gradflow.recorder.recomputation import Recomputations
 from gradflow.recorder.taps import Taps
 from gradflow.store.conservation import balances, unbalanced
+from gradflow.tracing.modules import names_by_identity
+from gradflow.tracing.tape import Tape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -39,7 +43,8 @@ _RATIOS = frozenset({
 class Finished:
     """A step that has been measured and whose figures are on their way to the host.
 
-    Not `placed` are gradients of a guarded step that were measured after clipping may have mixed them.
+    Not `placed` are gradients of a guarded step that were measured after clipping may have mixed them. `origin` is the
+    operation that broke numbers first, where any were seen to break; `blind` says why none can be named.
     """
 
     step: int
@@ -50,6 +55,8 @@ class Finished:
     scaled: frozenset[str]
     guard: bool = False
     placed: bool = True
+    origin: Origin | None = None
+    blind: str = ""
     structures: list[Structure] = field(default_factory=list)
     layers: dict[str, Layer] = field(default_factory=dict)
 
@@ -73,6 +80,8 @@ class Finished:
         }]  # fmt: skip
         if not self.placed:
             rows["parameters"] = []
+        origin = self.origin or (Origin("", "", "", reason=self.blind) if self.blind and is_broken(rows) else None)
+        rows["faults"] = [] if origin is None else [{"step": self.step, **asdict(origin)}]
         return rows
 
     def problems(self, rows: dict[str, list[Row]]) -> list[Problem]:
@@ -155,23 +164,28 @@ class StepInProgress:
         self._scaled: set[str] = set()
         self._settled: set[str] = set()
         self._placed = True
+        self._origin: Origin | None = None
+        self._passes: list[Pass] = []
+        self._model = model
+        self._on_error = on_error
         wants_taps = bool(tables & {"branches", "streams", "layers", "attention"})
-        self._taps: Taps | GuardTaps | None = None
-        if guard is not None:
-            self._taps = GuardTaps(
-                model, self._buffer, known=guard, on_error=on_error,
-                on_backward=self._seen_backward, after_backward=self._seen_gradients,
-            )  # fmt: skip
-        elif wants_taps:
-            self._taps = Taps(
-                model, self._buffer, plans, rows=rows, tables=tables, on_error=on_error,
-                on_backward=self._seen_backward, after_backward=self._seen_gradients,
-            )  # fmt: skip
-        self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
         self._parameters = ParameterTaps(
             model, self._buffer, updates=trains, owned=owned, norm_only=self.guard or "parameters" not in tables,
             rooms=rooms,
         )  # fmt: skip
+        tape = Tape(on_error) if self._parameters.on_host else None
+        self._taps: Taps | GuardTaps | None = None
+        if guard is not None:
+            self._taps = GuardTaps(
+                model, self._buffer, known=guard, on_error=on_error,
+                on_backward=self._seen_backward, after_backward=self._seen_gradients, tape=tape,
+            )  # fmt: skip
+        elif wants_taps:
+            self._taps = Taps(
+                model, self._buffer, plans, rows=rows, tables=tables, on_error=on_error,
+                on_backward=self._seen_backward, after_backward=self._seen_gradients, tape=tape,
+            )  # fmt: skip
+        self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
 
     def start(self, learning_rate: Any) -> None:
         """Measure the weights, and begin to watch."""
@@ -217,13 +231,31 @@ class StepInProgress:
             self._recomputed.expect(loss.grad_fn, self._taps.points)
 
     def _judge(self, loss: Tensor | None) -> None:
-        """A guarded step asks what was not finite if the loss is not, or is not at hand."""
-        if not isinstance(self._taps, GuardTaps):
-            return
+        """Ask what was not finite if the loss is not, or is not at hand; else remember the pass for its gradients."""
+        taps = self._taps
         sound = loss is not None and _known_finite(loss)
-        self._taps.judge(sound=sound)
-        if not sound:
+        outputs = taps.judge(sound=sound) if isinstance(taps, GuardTaps) else []
+        if taps is not None and taps.tape is not None and loss is not None and loss.device.type == "cpu":
+            done = Pass(taps.tape, loss, self._on_error)
+            if sound:
+                done.watch()
+                self._passes.append(done)
+            elif self._origin is None:
+                self._origin = done.forwards(self._owners(), outputs)
+        if self.guard and not sound:
             self._parameters.weights()
+
+    def _owners(self) -> dict[int, str]:
+        """Paths of the modules that own parameters and buffers, by identity."""
+        return {at: name.rpartition(".")[0] for at, (name, _) in names_by_identity(self._model).items()}
+
+    def _follow_back(self, *, broken: bool) -> None:
+        """Gradients stand: the passes that made them are let go of, or, if some are `broken`, looked at again."""
+        passes, self._passes = self._passes, []
+        for done in passes:
+            done.close()
+            if broken and (self._origin is None or not self._origin.operation):
+                self._origin = done.backwards()
 
     def _seen_backward(self, loss: Tensor | None) -> None:
         """A backward pass of a training loop that is not ours and tells nothing."""
@@ -247,6 +279,7 @@ class StepInProgress:
         """Gradients stand as backward left them, before clipping; `scaled` if the loss scale is still in them."""
         with undisturbed():
             names = self._parameters.gradients(parameters, besides=self._settled)
+            self._follow_back(broken=not scaled and self._parameters.broken)
         self._scaled = (self._scaled | names) if scaled else (self._scaled - names)
 
     def settle(self, parameters: Iterable[Tensor], *, scaled: bool) -> None:
@@ -278,12 +311,21 @@ class StepInProgress:
         seconds = time.perf_counter() - self._began
         return Finished(
             self.step, transfer, self.microbatches, self._windows, seconds, frozenset(self._scaled), self.guard,
-            self._placed, structures, layers,
+            self._placed, self._origin, self._blind(), structures, layers,
         )  # fmt: skip
+
+    def _blind(self) -> str:
+        """Why no operation of this step could be named; empty if it could."""
+        if not self._parameters.on_host:
+            return "on a device it is known too late whether a loss is finite"
+        if self._taps is None or self._taps.tape is None:
+            return "compiled code is seen as a whole" if self.guard else "only tables of parameters are recorded"
+        return ""
 
     def abandon(self) -> None:
         """Stop measuring at once; nothing of ours stays on the model."""
         self.rest()
+        self._follow_back(broken=False)
         self._recomputed.close()
         if self._taps is not None:
             self._taps.close()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gradflow.recorder.buffer import Buffer
     from gradflow.recorder.plans import Plans
     from gradflow.records import Node, Structure
+    from gradflow.tracing.tape import Tape
 
 _when_done = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001  runs when a backward is over
 
@@ -44,11 +45,12 @@ class Taps:
     def __init__(
         self, model: nn.Module, buffer: Buffer, plans: Plans, *, rows: int, tables: frozenset[str],
         on_error: Callable[[Exception], None], on_backward: Callable[[Tensor | None], None],
-        after_backward: Callable[[], None],
+        after_backward: Callable[[], None], tape: Tape | None = None,
     ) -> None:  # fmt: skip
         self._on_backward = on_backward
         self._after_backward = after_backward
-        self.tracer = Tracer(model, self)
+        self.tape = tape
+        self.tracer = Tracer(model, self, tape)
         self.hooks = Hooks(on_error)
         self.buffer = buffer
         self.structures: list[Structure] = []
@@ -66,6 +68,8 @@ class Taps:
         self._new_pass()
 
     def _new_pass(self) -> None:
+        if self.tape is not None:
+            self.tape.clear()
         self._additions = AdditionTaps(self.tracer, self._plans, self._rows)
         self._joins = self._additions.joins
         self._streams = StreamTaps(self.buffer, self.hooks, self._rows)
@@ -246,6 +250,8 @@ class Taps:
         self.hooks.remove()
         self.tracer.take()
         self._passes.clear()
+        if self.tape is not None:
+            self.tape.clear()
 
 
 def _all_measurable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from gradflow.rules.view import View
+from gradflow.schema import OUTSIDE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +25,23 @@ SUMS = {"branches": ("out_sq", "branch_sq", "skip_sq"), "layers": ("out_sq",), "
 LARGEST = {"branches": "out_max", "layers": "out_max"}
 """Columns that are infinite only where an element is."""
 GRADIENTS = {"branches": "grad_out_sq", "layers": "grad_out_sq", "streams": "grad_sq"}
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """The operation that a step's numbers broke in: a row of `faults`. Empty texts and zeros where nothing was told."""
+
+    direction: str = ""
+    operation: str = ""
+    module: str = ""
+    nonfinite: int = 0
+    reason: str = ""
+
+    @property
+    def place(self) -> str:
+        """Name of the operation with its module, as activations are named."""
+        within = "" if self.module in {"", OUTSIDE} else f"{self.module}."
+        return f"{within}{self.operation}" if self.operation else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +66,7 @@ class Fault:
         scaled: Whether an AMP loss scale was in use.
         inherited: Whether the weights were broken before that step: it began after the sampled step before.
         contained: Whether loss and gradients stayed finite: a mask of infinities, not a failure.
+        named: The operation that it began in.
     """
 
     step: int
@@ -65,6 +84,7 @@ class Fault:
     scaled: bool
     inherited: bool
     contained: bool
+    named: Named
 
     @property
     def skipped(self) -> bool:
@@ -138,7 +158,8 @@ def locate(view: View) -> Fault | None:
         _names(view, table, source[table], at, backwards=backwards) for table in ("layers", "branches", "streams")
     )
     order = tuple(view.grid("layers").names[:: -1 if backwards else 1])
-    direction = _direction(view, source, loss=bool(loss[at].any()), backwards=backwards, at=at)
+    named = _named(view, int(view.steps[at]))
+    direction = _direction(view, source, named, loss=bool(loss[at].any()), backwards=backwards, at=at)
     by_parameters = direction == "backward" and not _measured(view, GRADIENTS, at)
     if by_parameters:
         layers, order = _owners(view, _fresh(update, at)), _owners(view, _known(view, "parameters", "grad_sq")[at])
@@ -152,12 +173,13 @@ def locate(view: View) -> Fault | None:
         points=points,
         parameters=_names(view, "parameters", update, at),
         before=_before(order, layers),
-        count=None if backwards else _count(view, at, layers, branches),
+        count=named.nonfinite or (None if backwards else _count(view, at, layers, branches)),
         steps_broken=int(broken[at:].sum()),
         steps_since=len(view.steps) - at,
         scaled=bool(np.nanmax(view.series("loss_scale"), initial=1.0) > 1.0),
         inherited=bool(_broken(view, "parameters", "weight_sq")[at].any()),
         contained=not harmed.any() and not _reaches_the_end(view, forward, at),
+        named=named,
     )
 
 
@@ -197,8 +219,18 @@ def _reaches_the_end(view: View, forward: dict[str, Bools], at: int) -> bool:
     return bool(ends and ends[0])
 
 
-def _direction(view: View, source: dict[str, Bools], *, loss: bool, backwards: bool, at: int) -> Direction:
-    if not backwards:
+def _named(view: View, step: int) -> Named:
+    """What the recorder could tell of the operation, the forward pass first; several ranks may each have told."""
+    rows = view.run.columns("faults", ["step", *Named.__slots__]).to_pylist()
+    known = [{field: value for field, value in row.items() if value is not None} for row in rows]
+    told = [Named(**row) for row in known if row.pop("step") == step]
+    return max(told, key=lambda named: (bool(named.operation), named.direction == "forward"), default=Named())
+
+
+def _direction(
+    view: View, source: dict[str, Bools], named: Named, *, loss: bool, backwards: bool, at: int
+) -> Direction:
+    if not backwards or (named.direction == "forward" and named.operation and named.module != OUTSIDE):
         return "forward"
     if loss:
         return "loss"

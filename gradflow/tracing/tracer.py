@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradflow.tracing.observation import Observer
+    from gradflow.tracing.tape import Tape
 
 _BACKWARD = frozenset({"backward", "grad"})
 _WATCHED = _BACKWARD | COMPOSITES
@@ -46,13 +47,16 @@ class Tracer(TorchFunctionMode):
 
     `take()` hands out the graph and begins a new pass; `clear()` begins one without building the graph. Operations
     outside every submodule's forward have scope `""` and call -1. Operations and module calls inside a backward pass
-    (recomputation, custom backwards) are ignored. Hooks are per module and gone when the mode closes.
+    (recomputation, custom backwards) are ignored. Hooks are per module and gone when the mode closes. With a `tape`
+    operations are noted on it as well.
     """
 
-    def __init__(self, model: nn.Module, observer: Observer | None = None) -> None:
+    def __init__(self, model: nn.Module, observer: Observer | None = None, tape: Tape | None = None) -> None:
         super().__init__()
         self.model = model
         self.observer = observer
+        self._tape = tape
+        self._run: Callable[[Any, _Args, _Kwargs], Any] = _run if tape is None else tape.run
         self._watches = _WATCHED if observer is None else _WATCHED | observer.watches
         self._attachment = Attachment(self, self._enter_call, self._exit_call, aside=observer is not None)
         self._failed = False
@@ -79,6 +83,7 @@ class Tracer(TorchFunctionMode):
     ) -> None:
         self._attachment.close()
         self._frames.leave(0)
+        self._place()
 
     def _fault(self, error: Exception) -> None:
         """Our own bookkeeping failed: whoever observes a training hears of it, and the training goes on."""
@@ -136,6 +141,7 @@ class Tracer(TorchFunctionMode):
         try:
             with torch._C.DisableTorchFunction():  # noqa: SLF001
                 call = self._frames.begin(path, module, args, kwargs)
+            self._place()
             if self.observer is not None:
                 self.observer.entered(call, path, module, args, kwargs)
         except Exception as error:  # noqa: BLE001 (whatever it is, the model's forward goes on)
@@ -152,10 +158,16 @@ class Tracer(TorchFunctionMode):
                 self.observer.exited(self._frames.call_at(place), path, module, output)
             with torch._C.DisableTorchFunction():  # noqa: SLF001
                 self._frames.end(place, module, output)
+            self._place()
             if not place and self.when_outermost_ends is not None:
                 self.when_outermost_ends()
         except Exception as error:  # noqa: BLE001
             self._fault(error)
+
+    def _place(self) -> None:
+        """Tell the tape where operations run."""
+        if self._tape is not None:
+            self._tape.scope = self._register.scope if self._frames else None
 
     # ---------------------------------------------------------------- operations
 
@@ -174,7 +186,7 @@ class Tracer(TorchFunctionMode):
             parents = register.parents(args, kwargs) if plain else self._parents(what, args, kwargs)
         except Exception as error:  # noqa: BLE001 (whatever it is, the model's operation runs)
             self._fault(error)
-        out = func(*args, **kwargs)  # once, whatever happens to us; what it raises is the model's own
+        out = self._run(func, args, kwargs)  # once, whatever happens to us; what it raises is the model's own
         if self._failed:
             return out
         try:
@@ -189,7 +201,7 @@ class Tracer(TorchFunctionMode):
     def _observed(self, what: Operation, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
         """Run an operation that is more than one node, or that the observer wants to know of."""
         pending = self._before(what, func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = (_run if what.name in _BACKWARD else self._run)(func, args, kwargs)
         if pending is not None:
             self._after(pending, func, args, kwargs, out)
         return out
@@ -279,6 +291,10 @@ class Tracer(TorchFunctionMode):
         if out is None and what.inplace and args and isinstance(args[0], Tensor):  # `x[i] = y`
             register.add(args[0], what.name, parents, {}, inplace=True)
         return None
+
+
+def _run(func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    return func(*args, **kwargs)
 
 
 def _ordered(what: Operation, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gradflow
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-CADENCE = 50
+WAYS = {"sampled": "sampled step over bare step", "not sampled": "step that is not sampled", "guarded": "guarded step"}
 
 
 class BasicBlock(nn.Module):
@@ -66,8 +66,10 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
     return statistics.median(ratios), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
-def measure(make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]], pairs: int) -> dict[str, tuple[float, float, float]]:
-    """Ratios of a step with recording over the step beside it without: sampled steps, and steps that are not sampled."""
+def measure(
+    make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]], pairs: int, chosen: list[str]
+) -> dict[str, tuple[float, float, float]]:
+    """Ratios of a step with recording over the step beside it without, for the `chosen` kinds of step."""
     torch.manual_seed(0)
     model, loss = make()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -87,15 +89,16 @@ def measure(make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]],
     with tempfile.TemporaryDirectory() as root:
         sampling = gradflow.Recorder(model, optimizer, f"{root}/all", every_n_steps=1, strict=True)
         resting = gradflow.Recorder(model, optimizer, f"{root}/none", every_n_steps=10**9, strict=True)
-        resting.count = 3  # not a power of two: it samples nothing for a long time
-        ways = {"sampled": recorded(sampling), "not sampled": recorded(resting)}
+        guarding = gradflow.Recorder(model, optimizer, f"{root}/guard", every_n_steps=10**9, strict=True, nan_guard=True)
+        resting.count = guarding.count = 3  # not a power of two: they sample nothing for a long time
+        ways = {"sampled": recorded(sampling), "not sampled": recorded(resting), "guarded": recorded(guarding)}
+        ways = {name: ways[name] for name in chosen}
         for warm in (bare, *ways.values(), bare):
             warm()
-            resting.count = 3
         ratios: dict[str, list[float]] = {name: [] for name in ways}
         for pair in range(pairs):
             for name, step in ways.items():
-                resting.count = 3
+                resting.count = guarding.count = 3
                 first, second = (bare, step) if pair % 2 else (step, bare)
                 a, b = timed(first), timed(second)
                 ratios[name].append(b / a if pair % 2 else a / b)
@@ -106,19 +109,19 @@ def measure(make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=24, help="pairs of steps a model")
+    parser.add_argument("--steps", nargs="+", choices=WAYS, default=list(WAYS), help="kinds of step to measure")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     lines = [
         f"\n## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, {arguments.pairs} pairs\n",
-        "| model | sampled step over bare step (95 %) | step that is not sampled (95 %) | training at every_n_steps=50 |",
-        "| --- | --- | --- | --- |",
+        f"| model | {' | '.join(f'{WAYS[name]} (95 %)' for name in arguments.steps)} |",
+        f"| --- |{' --- |' * len(arguments.steps)}",
     ]
     for name, make in {"GPT-2, 6 layers, width 384, 8 x 128 tokens": gpt2, "ResNet-20, 64 images of 32 x 32": resnet20}.items():
-        found = measure(make, arguments.pairs)
+        found = measure(make, arguments.pairs, arguments.steps)
         cells = [f"{median:.3f} ({low:.3f}–{high:.3f})" for median, low, high in found.values()]
-        whole = (found["sampled"][0] + (CADENCE - 1) * found["not sampled"][0]) / CADENCE
-        lines.append(f"| {name} | {' | '.join(cells)} | {whole:.3f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     print("\n".join(lines))
     if not RESULTS.exists():
         RESULTS.write_text("# Cost of recording, as measured by `make bench`\n")
