@@ -15,10 +15,11 @@ from zoo.outside import OUTSIDE_HEALTHY, OUTSIDE_SICK
 from zoo.peers import PEERS
 from zoo.sick_flow import BRANCHES, DEPTH
 from zoo.sick_training import ACTIVATIONS, NUMBERS, OPTIMIZER
+from zoo.stranger import STRANGER_HEALTHY, STRANGER_SICK
 from zoo.training import Setup, train
 
-SICK: dict[str, Case] = {**DEPTH, **BRANCHES, **NUMBERS, **ACTIVATIONS, **OPTIMIZER, **OUTSIDE_SICK, **HELD_SICK}
-HEALTHY: dict[str, Setup] = {**FIRST_HEALTHY, **OUTSIDE_HEALTHY, **HELD_HEALTHY}
+SICK: dict[str, Case] = {**DEPTH, **BRANCHES, **NUMBERS, **ACTIVATIONS, **OPTIMIZER, **OUTSIDE_SICK, **HELD_SICK, **STRANGER_SICK}
+HEALTHY: dict[str, Setup] = {**FIRST_HEALTHY, **OUTSIDE_HEALTHY, **HELD_HEALTHY, **STRANGER_HEALTHY}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ whole table above is in-sample: it holds these runs too, after what they taught.
   without a lower loss: those five were made anew, with more blocks ill or a task that needs them.
 - `held`: yet other models, written when the rules had been mended, by the same hand, which knew them by then: expect less
   from a stranger's. The false alarm (weights beside a detached branch) is mended since; the cure that failed lost the
-  finding without a lower loss and was made anew with a higher learning rate."""
+  finding without a lower loss and was made anew with a higher learning rate.
+- `stranger`: 32 sick and 28 healthy runs by another hand, which had read neither the rules nor any run above that they were
+  mended on, from the design and the issue alone."""
 PEERS_HOW = """The fixed thresholds are the tools' own defaults on the same tables. Any of their alarms that could stand for the
 label counts as a hit, and the place does not count; any alarm in a healthy run counts as one."""
 
