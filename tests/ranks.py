@@ -58,7 +58,8 @@ class Partly(ResidualMLP):
 def lightning(root: Path, rank: int, world: int, strategy, net=None, callbacks=(), **options) -> None:
     seed()
     module = Sharded(net or Transformer(dropout=0.0), rank, world)
-    watching = monitor(root, 1, strict=options.pop("strict", True), on_finding=options.pop("on_finding", "ignore"))
+    mine = {key: options.pop(key) for key in ("strict", "on_finding", "nan_guard") if key in options}
+    watching = monitor(root, options.pop("every", 1), **{"strict": True, "on_finding": "ignore", **mine})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = trainer(root, watching, *callbacks, strategy=strategy if world > 1 else "auto", devices=world, num_nodes=1, use_distributed_sampler=False, **options)
@@ -117,6 +118,20 @@ class Breaks(pl.Callback):
             recording.StepInProgress.finish = lambda self: 1 / 0
 
 
+class BreaksApart(ResidualMLP):
+    """At the last step each rank breaks in its own way."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.calls = rank, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == STEPS:
+            x = x + ((x * 0).log() if self.rank else (x * 0) / (x * 0))
+        return super().forward(x)
+
+
 class NotANumber(ResidualMLP):
     def forward(self, x):
         return super().forward(x) * float("nan")
@@ -144,6 +159,11 @@ def case_disagree(root, rank, world):
 
 def case_stop(root, rank, world):
     lightning(root, rank, world, pl.strategies.DDPStrategy(process_group_backend="gloo"), NotANumber(), on_finding="stop", max_epochs=50)
+
+
+def case_guarded(root, rank, world):
+    strategy = pl.strategies.DDPStrategy(process_group_backend="gloo")
+    lightning(root, rank, world, strategy, BreaksApart(rank), every=100, nan_guard=True)
 
 
 def case_plain_ddp(root, rank, world):

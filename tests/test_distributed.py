@@ -133,6 +133,16 @@ def test_all_ranks_stop_together_at_an_error(tmp_path):
 
 
 @pytest.mark.slow
+def test_each_rank_names_the_operation_that_broke_in_it_and_the_run_says_it_once(tmp_path):
+    for process in finish(launch(["guarded"], tmp_path, 2)):
+        assert process.code == 0, process.text[-2500:]
+    run = gradflow.load(tmp_path / "guarded" / "gradflow")
+    told = run.table("faults", per_rank=True).select(["step", "rank", "direction", "operation"]).to_pylist()
+    assert [tuple(row.values()) for row in told] == [(3, 0, "forward", "div"), (3, 1, "forward", "log")]
+    (finding,) = [finding for finding in gradflow.diagnose(run) if finding.code == "nonfinite"]
+    assert (finding.steps[0], finding.evidence["operation"]) == (3, "div")
+
+
 def test_data_of_a_rank_that_died_is_readable(tmp_path):
     processes = launch(["dead"], tmp_path, 2)
     processes[1].wait(120)

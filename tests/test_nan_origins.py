@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from trainings import same, seed
+from trainings import Task, batches, fit, monitor, same, seed, trainer
 
 import gradflow
 
@@ -306,6 +306,43 @@ def test_an_operation_that_cannot_be_run_again_leaves_the_rest_to_be_told(tmp_pa
     assert row["operation"] == ""
     assert "not seen" in row["reason"]
     assert f"Which operation it was could not be told: {row['reason']}." in told(run).claim
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+@pytest.mark.parametrize("name", ["forward, log of zero", "backward, root at zero"])
+def test_the_micro_batch_that_broke_is_found_where_gradients_are_accumulated(tmp_path, name, micro):
+    class Accumulates(Task):
+        def training_step(self, batch, batch_idx):
+            self.net.inner.does = FAULTS[name][1] if batch_idx == 2 * 3 + micro else None
+            return super().training_step(batch, batch_idx)
+
+    watching = monitor(tmp_path, 100, nan_guard=True)
+    made = trainer(tmp_path, watching, max_steps=5, accumulate_grad_batches=2)
+    fit(made, Accumulates(Net()), batches(10))
+    row = watching.run.table("faults").to_pylist()[0]  # the steps after it have broken weights
+    assert (row["step"], row["direction"], row["operation"]) == (3, FAULTS[name][0], FAULTS[name][2])
+
+
+@pytest.mark.parametrize("at", [GUARDED, SAMPLED], ids=["guarded", "sampled"])
+def test_overflows_that_a_loss_scaler_skips_are_no_fault(tmp_path, at):
+    seed()
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with gradflow.Recorder(
+        net, optimizer, tmp_path / "run", every_n_steps=100, nan_guard=True, strict=True, scaler=scaler
+    ) as recorder:
+        for step in range(10):
+            with recorder.step():
+                optimizer.zero_grad()
+                net.inner.does = FAULTS["backward, root at zero"][1] if step == at else None
+                scaler.scale(net(torch.randn(4, 5, WIDTH)).square().mean()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    assert scaler.get_scale() == 2.0**7  # it did overflow
+    assert recorder.run.steps == [0, 1, 2, 4, 8]
+    assert recorder.run.table("faults").num_rows == 0
+    assert not [f for f in gradflow.diagnose(recorder.run) if f.code == "nonfinite"]
 
 
 def test_numbers_drawn_from_a_generator_of_the_model_are_taken_as_they_were(tmp_path):

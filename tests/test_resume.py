@@ -56,6 +56,28 @@ def test_steps_recorded_after_the_checkpoint_are_recorded_once(tmp_path):
     assert run.table("branches").num_rows == 11 * 4
 
 
+class BreaksAtLast(ResidualMLP):
+    """Divides by zero in the last pass of a resumed training."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.left = passes
+
+    def forward(self, x):
+        self.left -= 1
+        return super().forward(x if self.left else x / torch.zeros_like(x))
+
+
+def test_the_nan_guard_goes_on_after_an_interruption(tmp_path):
+    first(tmp_path, steps=6, every=100, make=lambda: Task(ResidualMLP()))
+    module, watching = Task(BreaksAtLast(5)), monitor(tmp_path, 100, nan_guard=True)
+    made = trainer(tmp_path, watching, enable_checkpointing=False, max_steps=11)
+    fit(made, module, batches(20), ckpt_path=str(tmp_path / "saved" / "step=6.ckpt"), weights_only=True)
+    assert watching.run.steps == [0, 1, 2, 4, 8, 10]
+    (finding,) = [f for f in watching.findings if f.code == "nonfinite"]
+    assert (finding.steps[0], finding.evidence["operation"]) == (10, "div")
+
+
 def test_resumed_training_samples_as_if_it_had_not_stopped(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()

@@ -285,6 +285,14 @@ def test_scaler_overflows_that_are_skipped_are_no_fault():
     assert codes(unscaled) == ["nonfinite"]
 
 
+@pytest.mark.parametrize(("broken", "found"), [(1, False), (4, False), (5, True)])
+def test_scaler_overflows_up_to_the_end_are_a_fault_once_they_persist(broken, found):
+    run = with_column(runs.prenorm(), "steps", "loss_scale", lambda v, s: np.full_like(v, 65536.0))
+    last = run.steps[-broken]
+    sick = with_column(run, "parameters", "grad_sq", lambda v, s: np.where(s >= last, np.inf, v))
+    assert ("nonfinite" in codes(sick)) is found
+
+
 def test_masks_of_infinities_that_do_no_harm_are_a_note():
     def mask(values, steps):
         values = values.copy()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
 
 Direction = Literal["forward", "backward", "loss", "update"]
+PERSISTENT = 5
+"""Sampled steps with overflows that a loss scaler is forgiven less one: it begins too high and halves at each."""
 COUNTED = {"branches": "nonfinite", "layers": "nonfinite"}
 SUMS = {"branches": ("out_sq", "branch_sq", "skip_sq"), "layers": ("out_sq",), "streams": ("out_sq",)}
 LARGEST = {"branches": "out_max", "layers": "out_max"}
@@ -89,7 +91,8 @@ class Fault:
     @property
     def skipped(self) -> bool:
         """Whether these are the overflows that AMP's loss scaler looks for and skips: gradients only, now and then."""
-        return self.scaled and self.direction in {"backward", "update"} and 2 * self.steps_broken <= self.steps_since
+        few = self.steps_broken < PERSISTENT or 2 * self.steps_broken <= self.steps_since
+        return self.scaled and self.direction in {"backward", "update"} and few
 
 
 def _broken(view: View, table: str, column: str) -> Bools:

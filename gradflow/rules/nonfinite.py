@@ -194,8 +194,8 @@ RULE: Rule = Rule(
     severities=("error", "info"),
     criterion=(
         "A NaN or infinite element in any recorded tensor, loss or gradient. Overflows that AMP's loss scaler skips "
-        "(gradients only, on at most half of the steps since) are none; infinities that leave loss and gradients "
-        "finite are info."
+        "(gradients only, on fewer than 5 sampled steps or at most half of those since) are none; infinities that "
+        "leave loss and gradients finite are info."
     ),
     thresholds=(Threshold("nonfinite.count", "non-finite elements", 0, "elements", "a finite computation has none"),),
     source="Micikevicius et al. 2018, Mixed Precision Training, arXiv:1710.03740",
