@@ -538,6 +538,10 @@ def found(code, first=0, severity="warning", where=("x",), **evidence):
     ("follows", "root", "does"),
     [
         (found("dominant-branch"), found("signal-explosion"), True),
+        (found("gradient-spike", 20), found("update-too-large"), True),
+        (found("gradient-spike"), found("update-too-large"), False),
+        (found("rank-collapse"), found("dead-units", measured=1.0), True),
+        (found("rank-collapse"), found("dead-units", measured=0.95), False),
         (found("gradient-spike", 20), found("exploding-gradient"), True),
         (found("gradient-spike", 20), found("exploding-gradient", 60), False),
         (found("signal-explosion", 30), found("update-too-large"), True),

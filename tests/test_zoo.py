@@ -21,6 +21,9 @@ QUICK_SICK = [
     "outside/spread-of-alike",
     "outside/points-through-numpy",
     "held/graph-detached",
+    "stranger/rounded-code",
+    "stranger/detector-bias-everywhere",
+    "stranger/lstm-lr-1",
 ]
 QUICK_HEALTHY = [
     "mlp-relu",
@@ -38,6 +41,8 @@ QUICK_HEALTHY = [
     "outside/hinge",
     "outside/simclr",
     "outside/highway",
+    "stranger/q-learning",
+    "stranger/sgd-lr-half",
 ]
 
 

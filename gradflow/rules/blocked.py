@@ -10,7 +10,7 @@ from gradflow.records import Finding
 from gradflow.rules.depth import profiles
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.texts import listed, unique
-from gradflow.rules.view import lasting, median, window
+from gradflow.rules.view import half_precision, lasting, median, window
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +29,15 @@ WHY_BLOCKED = (
     "A detach, a no_grad block or a conversion to numpy cuts the graph there: what lies before keeps its initial "
     "weights or learns through other paths only."
 )
+
+WHY_FLAT = (
+    "The derivative of a step is zero wherever there is one: what lies before it learns nothing (Bengio et al. 2013, "
+    "arXiv:1308.3432)."
+)
+ROUNDING = 1e-12
+"""RMS gradient over which a zero right before it is not one of float32's range."""
+MANY = 0.5
+"""Share of idle units or saturated elements of a layer that may itself leave no gradient."""
 
 
 def blocked(view: View) -> list[Finding]:
@@ -120,13 +129,38 @@ def without_gradient(view: View) -> list[str]:
 def _blocked_depth(view: View) -> list[Finding]:
     starved = [name for name in without_gradient(view) if not expected_unused(name)]
     cuts = [_cut(view, profile, starved) for profile in profiles(view)] if starved else []
+    flat = _of_zero_gradient(view)
+    cuts += [_cut(view, profile, flat, flat=True) for profile in profiles(view)] if flat else []
     return [finding for finding in cuts if finding is not None]
 
 
-def cut_end(view: View, profile: Profile, starved: list[str]) -> tuple[int, int, list[str]] | None:
-    """First point with a gradient, the last before it with a signal alone, and the trainable weights on that side."""
+def _of_zero_gradient(view: View) -> list[str]:
+    """Trainable parameters whose gradient is exactly zero at every recent step, by no rounding and no idle units."""
+    grid, layers = view.grid("parameters"), view.grid("layers")
+    if not len(grid.steps) or half_precision(view):
+        return []
+    if len(layers.steps):
+        recent = window(len(layers.steps))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            idle = (layers["dead_units"] / layers["units"] > MANY) | (layers["saturated"] / layers["n"] > MANY)
+        if idle[recent].any():
+            return []
+    last = grid["grad_sq"][window(len(grid.steps))]
+    trainable = {p.name for p in view.run.parameters if p.requires_grad and p.group is not None}
+    return [name for name, zero in zip(grid.names, (last == 0).all(axis=0), strict=True) if zero and name in trainable]
+
+
+def cut_end(
+    view: View, profile: Profile, starved: list[str], *, flat: bool = False
+) -> tuple[int, int, list[str]] | None:
+    """First point with a gradient, the last before it with a signal alone, and the trainable weights on that side.
+
+    A `flat` cut is one behind which the gradient is there and exactly zero.
+    """
     recent = profile.recent
-    alive = np.asarray(profile.reached[recent].any(axis=0))
+    alive = np.asarray((profile.grad_rms > ROUNDING if flat else profile.reached)[recent].any(axis=0))
+    if flat and (profile.grad[recent][:, ~alive] != 0).any():
+        return None
     signal = np.asarray((profile.rms[recent] > 0).any(axis=0))
     if not alive.any() or not signal[: int(np.argmax(alive))].any():
         return None
@@ -138,39 +172,66 @@ def cut_end(view: View, profile: Profile, starved: list[str]) -> tuple[int, int,
     return (first, before[-1], inside) if inside else None
 
 
-def _cut(view: View, profile: Profile, starved: list[str]) -> Finding | None:
+def _cut(view: View, profile: Profile, starved: list[str], *, flat: bool = False) -> Finding | None:
     """A point behind which the gradient is gone while the signal passed, with trainable weights on the starved side."""
-    found = cut_end(view, profile, starved)
-    if found is None:
-        return None
-    first, before, inside = found
+    found = cut_end(view, profile, starved, flat=flat)
     recent = profile.recent
     samples = len(profile.steps[recent])
+    if found is not None:
+        first, before, inside = found
+        after, where = profile.points[first], unique([*profile.names(first), *profile.names(before)])
+        expected = float(median(profile.grad[recent, first]))
+    elif flat and (end := _flat_end(view, profile, starved)):
+        before, (after, inside, expected) = len(profile.points) - 1, end
+        where = unique([*profile.names(before), after])
+    else:
+        return None
     return Finding(
         code="blocked-gradient",
         severity="error",
-        where=unique([*profile.names(first), *profile.names(before)]),
+        where=where,
         steps=(int(profile.steps[0]), int(profile.steps[-1])),
         claim=(
-            f"The gradient ends between {profile.points[before]} and {profile.points[first]}: the signal passes, "
-            f"but nothing comes back before it, and {len(inside)} trainable parameters there have no gradient."
+            f"The gradient ends between {profile.points[before]} and {after}: the signal passes, "
+            f"but nothing comes back before it, and {len(inside)} trainable parameters there have "
+            f"{'a gradient of exactly zero' if flat else 'no gradient'}."
         ),
         evidence={
             "quantity": "gradient at the points before the cut",
             "stream": profile.name,
             "measured": 0.0,
-            "expected": float(median(profile.grad[recent, first])),
+            "expected": expected,
             "expected_from": "the gradient at the first point that has one",
             "threshold": 0.0,
             "threshold_from": "a connected graph has some",
             "parameters_without_gradient": inside[:8],
             "sampled_steps": samples,
         },
-        why=WHY_BLOCKED,
-        remedy=f"Look for .detach(), torch.no_grad() or .data right before {profile.points[first]} and remove it.",
+        why=WHY_FLAT if flat else WHY_BLOCKED,
+        remedy=(
+            f"Look for round, sign, argmax or a comparison right before {after} and pass the gradient "
+            "straight through it: x + (round(x) - x).detach()."
+            if flat
+            else f"Look for .detach(), torch.no_grad() or .data right before {after} and remove it."
+        ),
         remedy_2="If what comes before is frozen on purpose, set requires_grad=False there to say so.",
         confidence="high" if samples >= 3 else "low",
     )
+
+
+def _flat_end(view: View, profile: Profile, starved: list[str]) -> tuple[str, list[str], float] | None:
+    """Where no point has a gradient: the next layer, the weights before it, and the gradient norm of those after."""
+    layers, grid = view.grid("layers").names, view.grid("parameters")
+    last = profile.points[-1]
+    if (profile.grad[profile.recent] != 0).any() or last not in layers[:-1]:
+        return None
+    order = {name: i for i, name in enumerate(layers)}
+    inside = [name for name in starved if (place := _place(name, order)) is not None and place <= order[last]]
+    late = [i for i, name in enumerate(grid.names) if (_place(name, order) or 0) > order[last]]
+    energy = grid["grad_sq"][window(len(grid.steps))][:, late]
+    if not inside or not late or not (energy > ROUNDING**2).any(axis=0).all():
+        return None
+    return layers[order[last] + 1], inside, float(np.sqrt(median(energy.sum(axis=1))))
 
 
 def _before(view: View, point: str, names: list[str]) -> list[str]:
@@ -206,7 +267,8 @@ BLOCKED: Rule = Rule(
     severities=("error", "warning"),
     criterion=(
         "A branch over a thousandth of the skip whose gradient is zero at every recent sampled step; or a point of a "
-        "stream before which there is signal, no gradient, and trainable weights."
+        "stream before which there is signal, no gradient (or one of exactly zero that neither rounding nor idle units "
+        "explain), and trainable weights."
     ),
     thresholds=(ZERO,),
     source="PyTorch, Autograd mechanics: locally disabling gradient computation",

@@ -28,14 +28,17 @@ ROOTS: dict[str, tuple[str, ...]] = {
     "attention-entropy-collapse": ("signal-explosion",),
     "attention-logit-growth": ("signal-explosion",),
     "vanishing-gradient": ("dead-units",),
+    "rank-collapse": ("dead-units",),
     "inert-depth": ("silent-branch",),
     "dominant-branch": ("signal-explosion",),
-    "gradient-spike": ("signal-explosion", "exploding-gradient"),
+    "gradient-spike": ("update-too-large", "signal-explosion", "exploding-gradient"),
     "silent-branch": ("dominant-branch",),
 }
 """Which findings a code can be a consequence of, the likeliest first."""
 ALIKE_DEAD = 0.8
 """Where all inputs look alike, about half of a ReLU layer's units are off on every one of them, by nature."""
+ALL_DEAD = 0.99
+"""Share of a layer's units from which the few that live make no difference between tokens."""
 
 
 def grouped(findings: Sequence[Finding]) -> list[Finding]:
@@ -99,6 +102,8 @@ def _follows(finding: Finding, root: Finding) -> bool:  # noqa: PLR0911 - one an
         case "blocked-gradient":  # through units that never fire nothing comes back
             inside = [layer for place in finding.where for layer in root.where if f"{layer}.".startswith(f"{place}.")]
             return root.code != "dead-units" or (bool(theirs["measured"] >= ALIKE_DEAD) and bool(inside))
+        case "rank-collapse":  # units that are all off are the same for every token
+            return bool(theirs["measured"] >= ALL_DEAD)
         case "vanishing-gradient":
             return root.code != "dead-units" or bool(theirs["measured"] >= ALIKE_DEAD)
         case "signal-explosion":  # steps that are too long make it, in time, of a stream that began sound
@@ -107,6 +112,8 @@ def _follows(finding: Finding, root: Finding) -> bool:  # noqa: PLR0911 - one an
             return bool(mine["depth"] > theirs["depth"])
         case "below-epsilon":  # behind branches that are nearly zero gradients are nearly zero, too
             return root.code != "silent-branch" or root.severity == "error"
+        case "gradient-spike":  # steps that are too long throw the gradient about later on
+            return root.steps[0] < finding.steps[0] if root.code == "update-too-large" else older
         case "frozen-parameter":
             return finding.severity == "info" or bool(mine["cause"] == "update")
         case _:

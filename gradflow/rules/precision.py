@@ -10,7 +10,7 @@ from gradflow.records import Finding
 from gradflow.rules.registry import Rule, Threshold
 from gradflow.rules.texts import listed, number, unique
 from gradflow.rules.updates import matrices_of
-from gradflow.rules.view import lasting, median, settled, window
+from gradflow.rules.view import half_precision, lasting, median, settled, window
 
 if TYPE_CHECKING:
     from gradflow.rules.view import Floats, View
@@ -105,9 +105,7 @@ def _adam_eps(view: View) -> float | None:
 
 def underflow(view: View) -> list[Finding]:
     """Find half-precision runs whose weight gradients are mostly exact zeros, for want of a large enough loss scale."""
-    precision = str(view.run.meta.get("precision") or "")
-    halves = {p.name for p in view.run.parameters if p.dtype.endswith("float16") and "bfloat16" not in p.dtype}
-    if ("16" not in precision or "bf16" in precision) and not halves:
+    if not half_precision(view):
         return []
     grid = view.grid("parameters")
     matrices = matrices_of(view)

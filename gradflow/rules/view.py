@@ -226,6 +226,13 @@ def median(values: Floats) -> Floats:
     return result
 
 
+def half_precision(view: View) -> bool:
+    """Whether gradients may be of float16."""
+    precision = str(view.run.meta.get("precision") or "")
+    halves = any(p.dtype.endswith("float16") and "bfloat16" not in p.dtype for p in view.run.parameters)
+    return ("16" in precision and "bf16" not in precision) or halves
+
+
 def lasting(mask: Bools, known: Bools, share: float = 1 / 3, least: float = 0.8) -> Bools:
     """Things for which `mask` holds on at least `least` of the known steps of the last part, the very last included."""
     part = window(len(mask), share)
