@@ -15,6 +15,7 @@ from gradflow.recorder.hooks import undisturbed
 from gradflow.recorder.join_taps import JoinTaps
 from gradflow.recorder.measurable import measurable
 from gradflow.tracing.composites import COMPOSITES, PRODUCTS, factors
+from gradflow.tracing.operations import operation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +64,8 @@ class AdditionTaps:
                 return None
             scales = _scales(op, args, kwargs)
             addition = len(self._tracer.nodes)
-            return before, self._measured(added, (one, other), role, addition, scales=scales, inplace=_overwrites(func))
+            inplace = operation(func).inplace
+            return before, self._measured(added, (one, other), role, addition, scales=scales, inplace=inplace)
 
     def after(self, token: Token, node: int, call: int, out: Tensor) -> None:
         """Measure the result of an addition."""
@@ -147,8 +149,3 @@ def _added(op: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
     kind = torch.promote_types(others[0].dtype, others[1].dtype)
     product: Tensor = getattr(torch, PRODUCTS[op])(*(factor.to(kind) for factor in others))
     return x, product.sum(0) if op == "addbmm" else product
-
-
-def _overwrites(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in {"__iadd__", "__isub__"} or (name.endswith("_") and not name.endswith("__"))

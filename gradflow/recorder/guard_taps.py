@@ -225,9 +225,9 @@ _backward: Any = Tensor.backward
 def _useful(model: nn.Module, known: Known) -> tuple[dict[nn.Module, str], bool]:
     """Modules that are seen, with their paths, and whether any are out of reach, being compiled.
 
-    What `torch.compile` wrapped gets its hook on the
-    wrapper, outside of the compiled code; a module that was compiled in place (`module.compile()`) has none. Hooks
-    inside a compiled function would be compiled with it, again at every step: once that is noticed there are none.
+    What `torch.compile` wrapped gets its hook on the wrapper, outside of the compiled code; a module that was compiled
+    in place (`module.compile()`) has none. Hooks inside a compiled function would be compiled with it, again at every
+    step: once that is noticed there are none.
     """
     paths, _ = survey(model)
     dynamo = sys.modules.get("torch._dynamo")

@@ -226,6 +226,12 @@ class _Sender:
     above: Mapping[Any, list[Any]]
 
 
+def _broken_here(sent: Gradients, got: Gradients) -> Tensor | None:
+    """The first gradient that a node sent broken, if it got none that is."""
+    bad = next((each for each in sent if broken(each)), None)
+    return None if bad is None or any(map(broken, got)) else bad
+
+
 def _first_sender(loss: Tensor) -> _Sender | None:
     """The first node that breaks a gradient in the backward pass of a loss, which runs."""
     nodes: list[Any] = [loss.grad_fn]
@@ -240,8 +246,8 @@ def _first_sender(loss: Tensor) -> _Sender | None:
     found: list[_Sender] = []
 
     def look(at: int, sent: Gradients, got: Gradients) -> None:
-        bad = None if found else next((each for each in sent if broken(each)), None)
-        if bad is not None and not any(map(broken, got)):
+        bad = None if found else _broken_here(sent, got)
+        if bad is not None:
             found.append(_Sender(nodes[at], bad.numel(), broken(bad), above))
 
     handles = [node.register_hook(partial(look, at)) for at, node in enumerate(nodes)]
@@ -287,8 +293,8 @@ class _CustomFunctions:
     def _look(self, name: str, module: str, sent: Gradients, got: Gradients) -> None:
         try:
             with undisturbed():
-                bad = None if self.origin is not None else next((each for each in sent if broken(each)), None)
-                if bad is not None and not any(map(broken, got)):
+                bad = None if self.origin is not None else _broken_here(sent, got)
+                if bad is not None:
                     self.origin = Origin("backward", name, module, bad.numel(), broken(bad))
         except Exception as error:  # noqa: BLE001 (whatever it is, the backward pass goes on)
             self._on_error(error)
