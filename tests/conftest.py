@@ -6,6 +6,21 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where tensors and modules of tests are made (tests that name a device keep it)")
+
+
+def pytest_configure(config):
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    torch.set_default_device(request.config.getoption("--device"))
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 import gradflow
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+Made = tuple[nn.Module, Callable[[nn.Module], Tensor]]
+"""A model, and what computes its loss."""
 WAYS = {"sampled": "sampled step over bare step", "not sampled": "step that is not sampled", "guarded": "guarded step"}
 
 
@@ -37,25 +39,54 @@ class BasicBlock(nn.Module):
         return torch.relu(out + self.shortcut(x))
 
 
-def resnet20() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def resnet20(images: int = 64) -> Made:
     widths = [16] * 3 + [32] * 3 + [64] * 3
     blocks = [BasicBlock(([16, *widths])[i], width, 2 if i in {3, 6} else 1) for i, width in enumerate(widths)]
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    x, y = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
+    x, y = torch.randn(images, 3, 32, 32), torch.randint(0, 10, (images,))
     return model, lambda m: nn.functional.cross_entropy(m(x), y)
 
 
-def gpt2() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def gpt2(layers: int = 6, width: int = 384, tokens: int = 128, vocabulary: int = 5000) -> Made:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=5000, n_positions=128, n_embd=384, n_layer=6, n_head=6))
-    ids = torch.randint(0, 5000, (8, 128))
-    return model, lambda m: m(input_ids=ids, labels=ids).loss
+    shape = {"n_layer": layers, "n_embd": width, "n_head": width // 64, "n_positions": tokens, "vocab_size": vocabulary}
+    ids = torch.randint(0, vocabulary, (8, tokens))
+    return GPT2LMHeadModel(GPT2Config(**shape)), lambda m: m(input_ids=ids, labels=ids).loss
+
+
+def mixed(made: Made) -> Made:
+    """The same under bfloat16 autocast."""
+    model, loss = made
+
+    def autocast(model: nn.Module) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return loss(model)
+
+    return model, autocast
+
+
+MODELS = {
+    "cpu": {
+        "GPT-2, 6 layers, width 384, 8 x 128 tokens": gpt2,
+        "ResNet-20, 64 images of 32 x 32": resnet20,
+    },
+    "cuda": {
+        "GPT-2, 6 layers, width 384, 8 x 128 tokens": gpt2,
+        "GPT-2, 12 layers, width 768, 8 x 1024 tokens, bfloat16": lambda: mixed(gpt2(12, 768, 1024, 50257)),
+        "GPT-2, 24 layers, width 1024, 8 x 1024 tokens, bfloat16": lambda: mixed(gpt2(24, 1024, 1024, 50257)),
+        "ResNet-20, 2048 images of 32 x 32": lambda: resnet20(2048),
+    },
+}
 
 
 def timed(action: Callable[[], None]) -> float:
+    """Seconds until everything is done, on the device too."""
+    wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     action()
+    wait()
     return time.perf_counter() - start
 
 
@@ -66,9 +97,7 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
     return statistics.median(ratios), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
-def measure(
-    make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]], pairs: int, chosen: list[str]
-) -> dict[str, tuple[float, float, float]]:
+def measure(make: Callable[[], Made], pairs: int, chosen: list[str]) -> dict[str, tuple[float, float, float]]:
     """Ratios of a step with recording over the step beside it without, for the `chosen` kinds of step."""
     torch.manual_seed(0)
     model, loss = make()
@@ -111,14 +140,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=24, help="pairs of steps a model")
     parser.add_argument("--steps", nargs="+", choices=WAYS, default=list(WAYS), help="kinds of step to measure")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=MODELS, default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
+    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
     lines = [
-        f"\n## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, {arguments.pairs} pairs\n",
+        f"\n## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}, {arguments.threads} threads, torch {torch.__version__}, {arguments.pairs} pairs\n",
         f"| model | {' | '.join(f'{WAYS[name]} (95 %)' for name in arguments.steps)} |",
         f"| --- |{' --- |' * len(arguments.steps)}",
     ]
-    for name, make in {"GPT-2, 6 layers, width 384, 8 x 128 tokens": gpt2, "ResNet-20, 64 images of 32 x 32": resnet20}.items():
+    for name, make in MODELS[arguments.device].items():
         found = measure(make, arguments.pairs, arguments.steps)
         cells = [f"{median:.3f} ({low:.3f}–{high:.3f})" for median, low, high in found.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
