@@ -111,9 +111,10 @@ def kurtosis(rows: Tensor) -> Tensor:
 def max_over_median(rows: Tensor) -> Tensor:
     """Largest over median |x| of the sample (lower median); over 1,000 is massive (Sun 2024, arXiv:2402.17762)."""
     sizes = rows.flatten(-3).abs()
-    if sizes.device.type != "cpu":
-        return sizes.amax(-1) / sizes.median(-1).values
-    middle = (sizes.shape[-1] - 1) // 2  # numpy selects ten times faster; a NaN it sorts last, and `amax` keeps it
+    middle = (sizes.shape[-1] - 1) // 2
+    if sizes.device.type != "cpu":  # by sorting: a device's `median` is not deterministic where that is asked for
+        return sizes.amax(-1) / sizes.sort(-1).values[..., middle]
+    # numpy selects ten times faster; a NaN it sorts last, and `amax` keeps it
     return sizes.amax(-1) / torch.from_numpy(np.partition(sizes.numpy(), middle, axis=-1)[..., middle])
 
 

@@ -1,13 +1,14 @@
 """Sufficient statistics of tensors: sums, dot products, maxima and counts that add up over batches, ranks and time.
 
 Every function is pure, takes detached tensors of any shape and returns numbers: 0-d tensors on the input's device
-without a host synchronisation, or plain floats where the input is in a CPU's memory. Reductions run in float32 inside
-rows of a few thousand elements and in float64 across rows (float64 throughout for float64 input), so a sum over
-millions of float32 elements is right to about 1e-7 relative; half precision is widened first, which is exact. A complex
-number counts as its two parts. Empty tensors give 0. NaN and infinity are excluded from nothing: they show in the sums,
-and `count_nonfinite` counts them.
+without a host synchronisation, or plain floats where the input is in a CPU's memory. Sums run in float64; where nothing
+could be compiled a CPU's run in float32 inside rows of a few thousand elements and in float64 across rows, which is
+right to about 1e-7 relative. Half precision is widened first, which is exact. A complex number counts as its two parts.
+Empty tensors give 0. NaN and infinity are excluded from nothing: they show in the sums, and `count_nonfinite` counts
+them.
 
-What a CPU holds is read by `host_sums`, several statistics in one pass over memory.
+What a CPU holds is read by `host_sums`, several statistics in one pass over memory; what an accelerator holds by
+`device_sums`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from gradflow import host_sums
+from gradflow import device_sums, host_sums
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
 Number: TypeAlias = "Tensor | float"
 """A figure: on its way on a device, or, of a tensor in a CPU's memory, at hand."""
-ROW = 4096
-"""Elements summed in the input's own precision before the sum continues in float64."""
 
 SATURATED_TANH = 0.97
 """|tanh| beyond which a unit counts as saturated: its derivative is below 0.06."""
@@ -51,23 +50,11 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _final(x: Tensor) -> torch.dtype:
-    """Precision of the sum across rows: float64 where the device has it."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
 def _flat(x: Tensor) -> Tensor:
     """The elements in whatever order needs no copy."""
     if not x.is_contiguous():
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
     return x.reshape(-1)
-
-
-def _rows(flat: Tensor) -> tuple[Tensor, ...]:
-    """The elements as rows of `ROW`, and the rest as a row of its own, each only where it holds anything."""
-    cut = flat.numel() - flat.numel() % ROW
-    rows = [flat[:cut].view(-1, ROW)] if cut else []
-    return (*rows, flat[cut:].view(1, -1)) if cut < flat.numel() else tuple(rows)
 
 
 def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
@@ -78,35 +65,17 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     there is no `square`).
     """
     flat = _flat(_real(x))
-    on_host = flat.device.type == "cpu"
-    names = [name for name in wanted if name != "nonfinite"]
-    if "nonfinite" in wanted and not {"largest", "square"} & set(wanted):
-        names.append("largest")
-    found: dict[str, Number] = {}
-    found.update(host_sums.measure(flat, names) if on_host else _on_device(flat, names))
-    if "nonfinite" in wanted:
-        found["nonfinite"] = count_nonfinite(x, found["largest"] if "largest" in found else found["square"])
+    if flat.device.type == "cpu":
+        names = [name for name in wanted if name != "nonfinite"]
+        if "nonfinite" in wanted and not {"largest", "square"} & set(wanted):
+            names.append("largest")
+        found: dict[str, Number] = {**host_sums.measure(flat, names)}
+        if "nonfinite" in wanted:
+            found["nonfinite"] = count_nonfinite(x, found["largest"] if "largest" in found else found["square"])
+    else:
+        found = {**device_sums.measure(flat, [*wanted])}
     if "zeros" in found and x.is_sparse:
         found["zeros"] = found["zeros"] + (x.numel() - flat.numel())
-    return found
-
-
-def _on_device(flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Statistics on an accelerator: whole tensors at a time, nothing waits."""
-    final, wide_flat = _final(flat), _widened(flat)
-    rows = _rows(wide_flat)
-    found = {name: torch.zeros((), dtype=final, device=flat.device) for name in names}
-    if not rows:
-        return found
-    if "square" in found:
-        norms = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in rows])
-        found["square"] = norms.to(final).square().sum()
-    if "total" in found:
-        found["total"] = torch.cat([part.sum(1) for part in rows]).to(final).sum()
-    if "largest" in found:
-        found["largest"] = torch.linalg.vector_norm(wide_flat, math.inf).to(final)
-    if "zeros" in found:
-        found["zeros"] = (flat.numel() - torch.count_nonzero(flat)).to(final)
     return found
 
 
@@ -116,10 +85,7 @@ def total(x: Tensor) -> Number:
 
 
 def sum_squares(x: Tensor) -> Number:
-    """Sum of the squared elements, Σ x², of any float32 x, though x above 1e19 or below 1e-22 has no square in float32.
-
-    On a device a row's root is taken in float32 and squared in float64; a CPU goes over to float64 where it must.
-    """
+    """Sum of the squared elements, Σ x², of any float32 x, though beyond 1e19 and 1e-22 it has no square in float32."""
     return measure(x, ("square",))["square"]
 
 
@@ -133,35 +99,44 @@ def copy(x: Tensor, room: Tensor | None = None) -> tuple[Tensor, Number]:
 
 
 def sum_squares_each(tensors: Sequence[Tensor]) -> list[Number]:
-    """Σ x² of each of several tensors; those on a device in one fused call.
+    """Σ x² of each of several tensors; those on a device in one fused call."""
+    return [found["square"] for found in measure_each(tensors, ("square",))]
 
-    There it is the square of a float32 norm (float64 for float64): infinite from a norm of 1.8e19 on.
-    """
-    found: dict[int, Number] = {i: sum_squares(x) for i, x in enumerate(tensors) if x.device.type == "cpu"}
-    fused: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+
+def measure_each(tensors: Sequence[Tensor], wanted: Collection[str]) -> list[dict[str, Number]]:
+    """`measure` of each of several tensors; those on a device together, in few calls."""
+    found: dict[int, dict[str, Number]] = {}
+    together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
-        if i not in found:
-            fused.setdefault((x.device, x.dtype), []).append(i)
-    for places in fused.values():
-        found.update(zip(places, _squared_norms([tensors[i] for i in places]), strict=True))
+        if x.device.type == "cpu" or x.is_sparse:
+            found[i] = measure(x, wanted)
+        else:
+            together.setdefault((x.device, x.dtype), []).append(i)
+    for places in together.values():
+        figures = device_sums.measure_each([_flat(_real(tensors[i])) for i in places], wanted)
+        found.update(zip(places, ({**row} for row in figures), strict=True))
     return [found[i] for i in range(len(tensors))]
-
-
-def _squared_norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    values = [_real(x) for x in tensors]
-    dtype = values[0].dtype if values[0].dtype == torch.float64 else torch.float32
-    norms = torch._foreach_norm(values, 2, dtype=dtype)  # noqa: SLF001  what `clip_grad_norm_` uses
-    return torch.stack(list(norms)).to(_final(values[0])).square().unbind()
 
 
 def sum_squared_differences(x: Tensor, y: Tensor) -> Number:
     """Σ (x − y)² of two tensors of one shape: differences are squared, sums are not subtracted."""
     x, y = _real(x).reshape(-1), _real(y).reshape(-1)
-    if x.device.type != "cpu" or y.device.type != "cpu":
-        return sum_squares(_widened(x) - _widened(y))
-    if x.dtype != y.dtype:
-        x, y = x.double(), y.double()
-    return host_sums.distance(x, y)
+    if x.device.type != "cpu":
+        return device_sums.distance(x, y)
+    return host_sums.distance(x, y) if x.dtype == y.dtype else host_sums.distance(x.double(), y.double())
+
+
+def sum_squared_differences_each(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Number]:
+    """Σ (x − y)² of several pairs. `before` is used up: on a device the differences take its memory."""
+    pairs = list(zip(before, after, strict=True))
+    fused = [x.device.type != "cpu" and x.dtype == y.dtype and x.element_size() > 2 for x, y in pairs]
+    if any(fused):
+        ours, theirs = zip(*(pair for pair, alike in zip(pairs, fused, strict=True) if alike), strict=True)
+        torch._foreach_sub_(ours, theirs)
+    squares = iter(sum_squares_each(ours) if any(fused) else ())
+    return [
+        next(squares) if alike else sum_squared_differences(*pair) for pair, alike in zip(pairs, fused, strict=True)
+    ]
 
 
 def dot(x: Tensor, y: Tensor) -> Number:
@@ -170,14 +145,10 @@ def dot(x: Tensor, y: Tensor) -> Number:
     if x.shape != y.shape:
         shape = broadcast_shape(tuple(x.shape), tuple(y.shape))
         x, y = x.expand(shape), y.expand(shape)
-    if x.dtype != y.dtype:
-        x, y = x.double(), y.double()
     x, y = (_flat(x), _flat(y)) if x.stride() == y.stride() else (x.reshape(-1), y.reshape(-1))
     if x.device.type == "cpu":
-        return host_sums.dot(x, y)
-    rows = zip(_rows(_widened(x)), _rows(_widened(y)), strict=True)
-    parts = [torch.linalg.vecdot(one, other) for one, other in rows]
-    return torch.cat(parts).to(_final(x)).sum() if parts else torch.zeros((), dtype=_final(x), device=x.device)
+        return host_sums.dot(x, y) if x.dtype == y.dtype else host_sums.dot(x.double(), y.double())
+    return device_sums.dot(x, y)
 
 
 def max_abs(x: Tensor) -> Number:
@@ -194,9 +165,9 @@ def count_nonfinite(x: Tensor, known: Number | None = None) -> Number:
     """Number of NaN and infinite elements. `known`, max |x| or Σ x², spares a CPU the count when finite."""
     if isinstance(known, float) and math.isfinite(known):
         return 0.0
-    x = wide(x)
-    count = torch.count_nonzero(x * 0)  # 0·x is NaN, hence not zero, exactly where x is not finite
-    return float(count) if x.device.type == "cpu" else count.to(_final(x))
+    if x.device.type != "cpu":
+        return measure(x, ("nonfinite",))["nonfinite"]
+    return float(torch.count_nonzero(wide(x) * 0))  # 0·x is NaN, hence not zero, exactly where x is not finite
 
 
 def count_saturated(x: Tensor, kind: str) -> Number | None:
@@ -210,9 +181,10 @@ def count_saturated(x: Tensor, kind: str) -> Number | None:
         centre, distance = 0.5, 0.5 - SATURATED_SIGMOID
     else:
         return None
+    flat = _flat(_real(x))
     if x.device.type == "cpu":
-        return float(host_sums.beyond(_flat(_real(x)), centre, distance))
-    return torch.count_nonzero((wide(x) - centre).abs() > distance).to(_final(x))
+        return float(host_sums.beyond(flat, centre, distance))
+    return device_sums.beyond(flat, centre, distance)
 
 
 def live_units(x: Tensor, channel_dim: int, zeros: Number | None = None) -> Tensor:
@@ -225,8 +197,7 @@ def live_units(x: Tensor, channel_dim: int, zeros: Number | None = None) -> Tens
         if zeros is not None and float(zeros) == 0:
             return torch.ones(x.shape[channel_dim], dtype=torch.bool)
         return torch.from_numpy(host_sums.live(x, channel_dim))
-    flags = x.bool().movedim(channel_dim, -1)
-    return flags.reshape(-1, flags.shape[-1]).any(0)
+    return device_sums.live(x, channel_dim)
 
 
 def broadcast_shape(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from trainings import BATCH, TOKENS, WIDTH, ResidualMLP, Task, batches, fit, monitor, same, seed, trained, trainer
 
 import gradflow
-from gradflow.statistics import _squared_norms, sum_squares_each
+from gradflow import device_sums
+from gradflow.statistics import sum_squares_each
 
 CADENCE = 100
 BREAK = 5
@@ -416,5 +417,5 @@ def test_a_backward_fault_behind_a_mask_of_infinities_is_still_a_backward_one(tm
 
 def test_the_fused_norms_of_a_device_are_those_of_the_host():
     tensors = [torch.randn(3, 5), torch.randn(7, dtype=torch.float64), torch.tensor([1.0, torch.nan]), torch.zeros(4)]
-    fused = [float(_squared_norms([x])[0]) for x in tensors]
+    fused = [float(device_sums.measure_each([x], ("square",))[0]["square"]) for x in tensors]
     assert fused == pytest.approx([float(x) for x in sum_squares_each(tensors)], rel=1e-6, nan_ok=True)

@@ -56,17 +56,26 @@ class ParameterTaps:
         """Measure and keep the weights."""
         if self._norm_only:
             return
+        on_device: dict[str, Tensor | None] = {}
         for name, parameter in self._parameters.items():
             weight = measurable(parameter.detach())
             if weight is None:
                 continue
-            if self._updates and parameter.requires_grad:
+            copied = self._updates and parameter.requires_grad
+            self._buffer.put("parameters", name, {"n": float(weight.numel())})
+            if weight.device.type != "cpu":
+                on_device[name] = weight
+                if copied:
+                    self._before[name] = weight.clone()
+                continue
+            if copied:
                 self._before[name], square = statistics.copy(weight, self._rooms.get(name))
-                if weight.device.type == "cpu":
-                    self._rooms[name] = self._before[name]
+                self._rooms[name] = self._before[name]
             else:
                 square = statistics.sum_squares(weight)
-            self._buffer.put("parameters", name, {"n": float(weight.numel()), "weight_sq": square})
+            self._buffer.put("parameters", name, {"weight_sq": square})
+        for name, square in _squares(on_device).items():
+            self._buffer.put("parameters", name, {"weight_sq": square})
 
     def weights(self) -> None:
         """Measure Σ w² as the weights stand; a later call replaces an earlier one."""
@@ -114,7 +123,7 @@ class ParameterTaps:
         if self._norm_only:
             self._gradients.update({name: {"grad_sq": square} for name, square in _squares(visible).items()})
         else:
-            self._gradients.update({name: _measured(grad) for name, grad in visible.items() if grad is not None})
+            self._gradients.update(_measured(visible))
         return {name for name, gradient in visible.items() if gradient is not None}
 
     def finish(self) -> None:
@@ -123,11 +132,14 @@ class ParameterTaps:
             self._buffer.put("parameters", name, values)
         for name, square in self._weights.items():
             self._buffer.put("parameters", name, {"weight_sq": square})
-        for name, before in self._before.items():
-            weight = measurable(self._parameters[name].detach())
-            if weight is not None and weight.shape == before.shape:
-                moved = statistics.sum_squared_differences(before, weight)
-                self._buffer.put("parameters", name, {"update_sq": moved})
+        after = {name: measurable(self._parameters[name].detach()) for name in self._before}
+        pairs = {
+            name: (self._before[name], weight) for name, weight in after.items()
+            if weight is not None and weight.shape == self._before[name].shape
+        }  # fmt: skip
+        moved = statistics.sum_squared_differences_each(*([pair[i] for pair in pairs.values()] for i in (0, 1)))
+        for name, square in zip(pairs, moved, strict=True):
+            self._buffer.put("parameters", name, {"update_sq": square})
         self._before.clear()
 
 
@@ -141,5 +153,10 @@ def _squares(tensors: Mapping[str, Tensor | None]) -> dict[str, Number]:
     return dict(zip(present, statistics.sum_squares_each(list(present.values())), strict=True))
 
 
-def _measured(gradient: Tensor) -> dict[str, Number | None]:
-    return {_COLUMNS[name]: value for name, value in statistics.measure(gradient, tuple(_COLUMNS)).items()}
+def _measured(gradients: Mapping[str, Tensor | None]) -> dict[str, dict[str, Number | None]]:
+    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    found = statistics.measure_each(list(present.values()), tuple(_COLUMNS))
+    return {
+        name: {_COLUMNS[figure]: value for figure, value in figures.items()}
+        for name, figures in zip(present, found, strict=True)
+    }
