@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from trainings import (
 )
 
 import gradflow
+from gradflow import attention, geometry, statistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -81,6 +83,12 @@ def recorded(model, root, device, *, steps=3, dtype=torch.float64, autocast=None
     return recorder.run
 
 
+def lstm():
+    model = Recurrent(nn.LSTM)
+    model.rnn.dropout = 0.0
+    return model
+
+
 class Language(nn.Module):
     """A GPT-2 whose tokens are made of a batch of noise."""
 
@@ -98,7 +106,7 @@ MODELS = {
     "checkpointed": lambda: Transformer(dropout=0.0, checkpointing="yes"),
     "checkpointed, reentrant": lambda: Transformer(dropout=0.0, checkpointing="reentrant"),
     "convolutions and batch norm": ResNet,
-    "lstm": lambda: Recurrent(nn.LSTM).eval(),
+    "lstm": lstm,
     "shared weights": Shared,
     "multilayer perceptron": ResidualMLP,
     "gpt2": Language,
@@ -248,14 +256,11 @@ def test_a_compiled_model_is_recorded_and_compiled_once(mode, tmp_path):
         losses = []
         for number in range(10):
             x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(number)).cuda()
-            if recorder:
-                recorder.begin()
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            if recorder:
-                recorder.end()
+            with recorder.step() if recorder else nullcontext():
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                optimizer.step()
             losses.append(float(loss))
         if recorder:
             recorder.close()
@@ -288,6 +293,33 @@ def test_what_breaks_is_named_with_its_layer_and_direction(how, guard, tmp_path)
     assert finding.steps[0] == 5
     assert finding.evidence["direction"] == how
     assert "middle" in finding.where
+
+
+def test_figures_do_not_depend_on_the_precision_that_the_training_multiplies_with(tmp_path):
+    """TF32 has ten bits: of cosines near 1, and of ledgers that add up, nothing would be left."""
+    x = torch.randn(64, 256, 384, generator=torch.Generator().manual_seed(0)) + 3
+    rows = geometry.sample_rows(x.cuda(), -1, 256)[None]
+    exact = geometry.sample_rows(x.double(), -1, 256)[None]
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert float(geometry.token_cosine(rows)) == pytest.approx(float(geometry.token_cosine(exact)), rel=1e-6)
+    parts = torch.stack([rows[0] * 0.3, rows[0] * 0.7])
+    assert geometry.shares(parts, rows[0]).tolist() == pytest.approx([0.3, 0.7], rel=1e-6)
+    assert float(statistics.dot(rows, rows)) == pytest.approx(float(exact.square().sum()), rel=1e-6)
+    q, k = torch.randn(2, 4, 64, 32), torch.randn(2, 4, 64, 32)
+    found, wanted = attention.of_products(q.cuda(), k.cuda()), attention.of_products(q.double(), k.double())
+    for name, value in wanted.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_a_gradient_whose_squares_vanish_in_float32_is_not_taken_for_zero(tmp_path):
+    seed()
+    model = ResidualMLP().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with gradflow.Recorder(model, optimizer, tmp_path / "run", every_n_steps=1, strict=True) as recorder, recorder.step():
+        (model(torch.randn(BATCH, TOKENS, WIDTH, device="cuda")).square().mean() * 1e-28).backward()
+        optimizer.step()
+    for table, column in [("parameters", "grad_sq"), ("layers", "grad_out_sq"), ("branches", "grad_fork_sq"), ("streams", "grad_sq")]:
+        assert all(value > 0 for value in recorder.run.table(table)[column].to_pylist()), table
 
 
 def test_looking_for_branches_changes_no_random_state():
