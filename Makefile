@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= gradflow-demo
 PIP = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-.PHONY: demo test test-slow zoo docs lint bench wheel clean
+.PHONY: demo test test-slow test-cuda zoo docs lint bench wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/gradflow demo --out $(OUT)
@@ -14,6 +14,11 @@ test: $(VENV)/.ready lint
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-cuda: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/test_cuda.py
+	$(BIN)/python -m pytest --device cuda tests/test_exactness.py tests/test_layers.py tests/test_gradient_semantics.py \
+		tests/test_probe.py tests/test_published_results.py
 
 zoo: $(VENV)/.ready
 	PYTHONPATH=tests $(BIN)/python -W ignore -m zoo.score --write

@@ -6,13 +6,20 @@ its cost does not grow with the batch. All functions are pure, batch over any le
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow import statistics, threads
+from gradflow import device_sums, statistics, threads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradflow.statistics import Number
 
 _FEWEST_POSITIONS = 16
 """Positions taken from each sequence before more sequences are taken: cosines need several of one sequence."""
@@ -63,8 +70,8 @@ def token_cosine(rows: Tensor) -> Tensor:
     inverse = torch.where(norms == 0, torch.zeros_like(norms), 1 / norms)
     count = (norms != 0).sum((-2, -1)).to(rows.dtype)
     pairs = count * (count - 1)
-    # Σ u over positions as a product, so that the unit vectors are never stored; Σ |u|² is their number
-    together = (inverse.mT @ rows).squeeze(-2)
+    # no product of matrices: the training may let those run in TF32 or bfloat16. Σ |u|² is the number of vectors
+    together = (inverse * rows).sum(-2)
     cosines = (together.square().sum(-1) - count) / pairs
     valid = pairs > 0
     mean: Tensor = torch.where(valid, cosines, torch.zeros_like(cosines)).sum(-1) / valid.sum(-1)
@@ -118,10 +125,15 @@ def max_over_median(rows: Tensor) -> Tensor:
     return sizes.amax(-1) / torch.from_numpy(np.partition(sizes.numpy(), middle, axis=-1)[..., middle])
 
 
-def shares(parts: Tensor, whole: Tensor) -> Tensor:
-    """Share of each part in a sum: ⟨part, whole⟩/⟨whole, whole⟩. parts: (k, ...), whole: (...) → (k,).
+def shares(parts: Sequence[Tensor], whole: Tensor) -> Sequence[Number]:
+    """Share of each part in a sum: ⟨part, whole⟩/⟨whole, whole⟩.
 
     They add up to 1 exactly where the parts add up to the whole. NaN where the whole is zero.
     """
-    flat = whole.flatten()
-    return (parts.flatten(1) @ flat) / torch.dot(flat, flat)
+    if whole.device.type == "cpu":
+        size = float(statistics.sum_squares(whole))
+        return [float(statistics.dot(part, whole)) / size if size else math.nan for part in parts]
+    wide = device_sums.wide(whole)
+    together = whole.flatten().to(wide)
+    products = (torch.stack([part.to(wide) for part in parts]).flatten(1) * together).sum(1)
+    return (products / together.square().sum()).unbind()

@@ -80,9 +80,26 @@ def test_scale_and_order_of_tokens_change_nothing(factor, seed):
 def test_shares_of_parts_that_make_up_a_whole_add_up_to_one():
     parts = sample(4, 3, 5, 6)
     whole = parts.sum(0)
-    got = g.shares(parts, whole)
-    assert float(got.sum()) == pytest.approx(1)
-    assert float(got[2]) == pytest.approx(float((parts[2] * whole).sum() / (whole * whole).sum()))
+    got = g.shares(list(parts), whole)
+    assert sum(got) == pytest.approx(1)
+    assert got[2] == pytest.approx(float((parts[2] * whole).sum() / (whole * whole).sum()))
+
+
+def test_shares_in_nothing_are_not_numbers():
+    assert all(math.isnan(share) for share in g.shares([torch.ones(1, 2, 3)] * 2, torch.zeros(1, 2, 3)))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_cosines_and_shares_do_not_depend_on_the_precision_that_the_training_multiplies_with(precision):
+    """`torch.set_float32_matmul_precision("medium")` lets a CPU multiply matrices in bfloat16."""
+    rows = sample(1, 256, 384).float() + 3
+    usual = float(g.token_cosine(rows)), g.shares([rows * 0.3, rows * 0.7], rows)
+    assert usual[0] == pytest.approx(float(g.token_cosine(rows.double())), rel=1e-6)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert (float(g.token_cosine(rows)), g.shares([rows * 0.3, rows * 0.7], rows)) == usual
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(("shape", "axis", "taken"), [

@@ -78,7 +78,7 @@ class Ledgers:
         parts = [part for part in (start, *(sample for _, sample in branches)) if part is not None]
         if end is None or len(parts) <= len(branches) or any(part.shape != end.shape for part in parts):
             return
-        shares = geometry.shares(torch.stack([part.to(end.dtype) for part in parts]), end)
+        shares = geometry.shares(parts, end)
         self._buffer.put("streams", start_point, {"signal_share": shares[0]})
         for i, (name, _) in enumerate(branches, start=1):
             self._buffer.put("branches", name, {"signal_share": shares[i]})
@@ -122,11 +122,11 @@ class Ledgers:
             names = [branch.name for join in piece.joins for branch in join.branches]
             through = [part for join in piece.joins for part in piece.through[join.node]]
             parts = [piece.last if piece.last is not None else torch.zeros_like(whole), *through]
-            known = [(i, part.to(whole.dtype)) for i, part in enumerate(parts) if part is not None]
+            known = [(i, part) for i, part in enumerate(parts) if part is not None]
             if any(part.shape != whole.shape for _, part in known):
                 continue
-            shares = geometry.shares(torch.stack([part for _, part in known]), whole)
-            for (i, _), share in zip(known, shares.unbind(), strict=True):
+            shares = geometry.shares([part for _, part in known], whole)
+            for (i, _), share in zip(known, shares, strict=True):
                 if i == 0:
                     self._buffer.put("streams", piece.end_point, {"gradient_share": share})
                 else:
