@@ -28,7 +28,7 @@ LEVELS = [
         """residuals.families residuals.likeness residuals.roles residuals.ancestry residuals.sums residuals.paths
         residuals.joins residuals.naming residuals.streams residuals.trunks residuals.analysis
         residuals""",
-        "compiled threads device_sums host_sums statistics geometry attention",
+        "compiled threads triton_sums device_sums host_sums statistics geometry attention",
         "metrics",
         "theory",
     ],

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +100,17 @@ def test_figures_do_not_depend_on_the_precision_that_the_training_multiplies_wit
         assert (device_sums.dot(x, y), statistics.dot(x, y)) == usual
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_give_the_figures_of_the_operations():
+    script = Path(__file__).with_name("interpreted_sums.py")
+    done = subprocess.run([sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.stdout == "as wanted\n", done.stderr
+
+
+def test_without_triton_the_operations_are_asked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradflow.triton_sums", None)
+    device_sums._loaded.cache_clear()
+    assert device_sums._loaded() is None
+    device_sums._loaded.cache_clear()
