@@ -68,13 +68,13 @@ def measure(flat: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
     """`statistics.measure` of a tensor of one axis."""
     if not flat.numel():
         return dict.fromkeys(wanted, flat.new_zeros((), dtype=wide(flat)))
-    if kernels := _kernels(flat):
+    names = [name for name in wanted if name != "largest"]
+    if names and (kernels := _kernels(flat)):
         figures = kernels.measure(flat)
         return {name: figures[name] for name in wanted}
     found: dict[str, Tensor] = {}
     if "largest" in wanted:
         found["largest"] = torch.linalg.vector_norm(flat, math.inf).to(wide(flat))
-    names = [name for name in wanted if name != "largest"]
     if names:
         pieces = [torch.stack([_OF_PIECE[name](piece) for name in names]) for piece in _pieces(flat)]
         sums = pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0)

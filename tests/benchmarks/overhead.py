@@ -81,8 +81,8 @@ MODELS = {
 
 
 def timed(action: Callable[[], None]) -> float:
-    """Seconds until everything is done, on the device too."""
-    wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else lambda: None
+    """Seconds until everything is done, on a device too."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     wait()
     start = time.perf_counter()
     action()
@@ -97,10 +97,11 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
     return statistics.median(ratios), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
-def measure(make: Callable[[], Made], pairs: int, chosen: list[str]) -> dict[str, tuple[float, float, float]]:
+def measure(make: Callable[[], Made], device: str, pairs: int, chosen: list[str]) -> dict[str, tuple[float, float, float]]:
     """Ratios of a step with recording over the step beside it without, for the `chosen` kinds of step."""
     torch.manual_seed(0)
-    model, loss = make()
+    with torch.device(device):
+        model, loss = make()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
 
     def bare() -> None:
@@ -143,7 +144,6 @@ def main() -> None:
     parser.add_argument("--device", choices=MODELS, default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.set_default_device(arguments.device)
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
     lines = [
         f"\n## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}, {arguments.threads} threads, torch {torch.__version__}, {arguments.pairs} pairs\n",
@@ -151,7 +151,7 @@ def main() -> None:
         f"| --- |{' --- |' * len(arguments.steps)}",
     ]
     for name, make in MODELS[arguments.device].items():
-        found = measure(make, arguments.pairs, arguments.steps)
+        found = measure(make, arguments.device, arguments.pairs, arguments.steps)
         cells = [f"{median:.3f} ({low:.3f}–{high:.3f})" for median, low, high in found.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     print("\n".join(lines))
