@@ -40,7 +40,7 @@ LEVELS = [
     [
         """recorder.buffer recorder.measurable recorder.hooks recorder.join_taps recorder.join_gradients recorder.ledgers
         recorder.layer_taps recorder.parameter_taps recorder.stream_taps recorder.attention_taps recorder.plans
-        recorder.addition_taps
+        recorder.addition_taps recorder.leeway
         recorder.origins recorder.guard_taps recorder.guard
         recorder.taps recorder.recomputation recorder.description recorder.options recorder.recording recorder.sharding
         recorder.scaling recorder.stepping recorder.recorder recorder""",

@@ -16,6 +16,7 @@ from gradflow.recorder.guard import is_broken
 from gradflow.recorder.guard_taps import GuardTaps, Known
 from gradflow.recorder.hooks import undisturbed
 from gradflow.recorder.ledgers import SEPARATOR
+from gradflow.recorder.leeway import Leeway
 from gradflow.recorder.origins import Origin, Pass
 from gradflow.recorder.parameter_taps import ParameterTaps
 from gradflow.recorder.recomputation import Recomputations
@@ -186,9 +187,11 @@ class StepInProgress:
                 on_backward=self._seen_backward, after_backward=self._seen_gradients, tape=tape,
             )  # fmt: skip
         self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
+        self._leeway = Leeway()
 
     def start(self, learning_rate: Any) -> None:
         """Measure the weights, and begin to watch."""
+        self._leeway.open(sum(1 for _ in self._model.modules()))
         with undisturbed():
             self._parameters.start()
             if learning_rate is not None:
@@ -308,6 +311,7 @@ class StepInProgress:
             self._parameters.finish()
             self._buffer.put("steps", "", {"loss": self._loss})
             transfer = self._buffer.transfer()
+        self._leeway.close()
         seconds = time.perf_counter() - self._began
         return Finished(
             self.step, transfer, self.microbatches, self._windows, seconds, frozenset(self._scaled), self.guard,
@@ -324,6 +328,7 @@ class StepInProgress:
 
     def abandon(self) -> None:
         """Stop measuring at once; nothing of ours stays on the model."""
+        self._leeway.close()
         self.rest()
         self._follow_back(broken=False)
         self._recomputed.close()

@@ -34,6 +34,13 @@ class RunningLineage(Lineage):
             axes.append(axes[first] if kept else features_axis(op, detail.get("axes", ()), before, axes[first], shape))
         return axes[index]
 
+    def settle(self) -> None:
+        """The list is complete: hold it no longer, so that nodes and lineage are gone without a garbage collection."""
+        if self._nodes:
+            self.channel_dim(len(self._nodes) - 1)
+        self._parents = [node.parents for node in self._nodes]
+        self._nodes = []
+
 
 class _Parents(Sequence[tuple[int, ...]]):
     """The parents of every node."""

@@ -42,8 +42,8 @@ _SIGNALS = _Signals()
 class Register:
     """The nodes of a pass, and the tensors that they stand for.
 
-    `scope` and `call` are where operations run at present; `names` the
-    parameters and buffers by identity; `edges` the autograd node and output number of every node that has them;
+    `scope` and `call` are where operations run at present; `names` the parameters and buffers by identity; `lineage`
+    what follows from the nodes together; `edges` the autograd node and output number of every node that has them;
     `entries` the known tensors by `id`: weak reference, node, version, whether autograd follows.
     """
 
@@ -53,7 +53,7 @@ class Register:
         self.call = -1
         self.problems: list[Problem] = []
         self.nodes: list[Node] = []
-        self._lineage = RunningLineage(self.nodes)
+        self.lineage = RunningLineage(self.nodes)
         self._refs: list[Callable[[], Tensor | None]] = []
         self.entries: dict[int, tuple[weakref.ref[Tensor], int, int, bool]] = {}
         self.overwrites = False  # versions need no look while nothing was overwritten
@@ -140,7 +140,7 @@ class Register:
         shape = tuple(tensor.shape) if type(tensor) in _ORDINARY else _sizes(tensor.shape)
         floating = _SIGNALS[tensor.dtype]
         self.nodes.append(_node(Node, (
-            index, op, parents, self.scope, self.call, shape, floating, grad, inplace, detail, self._lineage,
+            index, op, parents, self.scope, self.call, shape, floating, grad, inplace, detail, self.lineage,
         )))  # fmt: skip
         reference = weakref.ref(tensor)
         self._refs.append(reference)
@@ -164,7 +164,7 @@ class Register:
         floating = all(nodes[parent].floating for parent in parents)
         grad = torch.is_grad_enabled() and any(nodes[parent].requires_grad for parent in parents)
         nodes.append(
-            Node(index, op, parents, self.scope, self.call, shape, floating, grad, detail=detail, lineage=self._lineage)
+            Node(index, op, parents, self.scope, self.call, shape, floating, grad, detail=detail, lineage=self.lineage)
         )
         self._refs.append(_nothing)
         return index
@@ -228,7 +228,7 @@ class Register:
     def _adopted(self, tensor: Tensor, node: int) -> int:
         """Node of a tensor that autograd took over after it was made: a custom function's or a checkpoint's output."""
         parents, _ = self._walk(tensor.grad_fn, self._filed_edges())
-        new = [parent for parent in parents if not self._lineage.ancestors(node) >> parent & 1]
+        new = [parent for parent in parents if not self.lineage.ancestors(node) >> parent & 1]
         return self.add(tensor, "alias", (node, *new), {})
 
     def _walk(self, start: Any, edges: dict[tuple[Any, int], int]) -> tuple[list[int], bool]:

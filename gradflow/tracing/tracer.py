@@ -104,6 +104,8 @@ class Tracer(TorchFunctionMode):
         """Graph of the pass so far; the tracer begins a new pass."""
         register = self._register
         graph = Graph(tuple(register.nodes), self._frames.calls(), tuple(register.problems))
+        if self.observer is not None:  # a training: what a step leaves behind must not wait for a garbage collection
+            register.lineage.settle()
         self.clear()
         return graph
 
