@@ -32,7 +32,9 @@ enum {
     AHEAD = 8192,
     LINE = 64,
     SHARED = 1 << 17, /* elements from which on waking the other threads pays */
-    PIECES = 32,      /* that they share */
+    PIECE = 1 << 16,  /* elements that a thread takes at once, more where a vector would be more than PIECES of them */
+    PIECES = 32,
+    GROUP = 32,       /* vectors that they are woken for at once */
     FIGURES = 4,
     LARGEST = 2       /* the one among them that is not a sum */
 };
@@ -107,6 +109,23 @@ INLINE double wide_f16(uint16_t b) {
         }                                                                                                              \
     }
 
+/* A block of a copy, past the caches: nobody reads it soon, and a cache would first ask memory for what it overwrites. */
+#if defined(__SSE2__) || defined(_M_X64)
+#include <emmintrin.h>
+INLINE void put_aside(void *to, const void *from, size_t bytes) {
+    if ((uintptr_t)to % sizeof(__m128i) || bytes % sizeof(__m128i)) {
+        memcpy(to, from, bytes);
+        return;
+    }
+    for (size_t i = 0; i < bytes / sizeof(__m128i); i++)
+        _mm_stream_si128((__m128i *)to + i, _mm_loadu_si128((const __m128i *)from + i));
+}
+#define ARRIVED() _mm_sfence()
+#else
+#define put_aside memcpy
+#define ARRIVED() ((void)0)
+#endif
+
 /* Copies to where there is room, and the sum of x*x. */
 #define COPY(name, word)                                                                                               \
     WIDEST static void copy_part_##name(void *to, const void *from, int64_t n, double *found) {                        \
@@ -118,40 +137,71 @@ INLINE double wide_f16(uint16_t b) {
             _Pragma("omp simd reduction(+ : sum)")                                                                     \
             for (int64_t i = start; i < end; i++) {                                                                    \
                 double v = wide_##name(x[i]);                                                                          \
-                room[i] = x[i];                                                                                        \
                 sum += v * v;                                                                                          \
             }                                                                                                          \
+            put_aside(room + start, x + start, (size_t)(end - start) * sizeof *x);                                     \
             found[0] += sum;                                                                                           \
         }                                                                                                              \
+        ARRIVED();                                                                                                     \
     }
 
 typedef void part_function(void *, const void *, int64_t, double *);
 
-/* All n elements of `size` bytes, in pieces if they are many. */
-static void whole(part_function *part, int64_t size, char *x, const char *y, int64_t n, double *found) {
-    double figures[PIECES][FIGURES] = {{0}};
-    int64_t step = (n / PIECES / BLOCK + 1) * BLOCK;
-    memset(found, 0, FIGURES * sizeof *found);
-    if (n < SHARED) {
-        part(x, y, n, found);
-        return;
-    }
-#pragma omp parallel for schedule(dynamic)
-    for (int i = 0; i < PIECES; i++) {
-        int64_t start = i * step, count = n - start < step ? n - start : step;
-        if (count > 0) part(x + start * size, y ? y + start * size : y, count, figures[i]);
-    }
-    for (int i = 0; i < PIECES; i++) {
-        double largest = figures[i][LARGEST];
-        for (int j = 0; j < FIGURES; j++)
-            if (j != LARGEST) found[j] += figures[i][j];
-        if (largest > found[LARGEST] || largest != largest) found[LARGEST] = largest; /* no number is above NaN */
-    }
+static int64_t piece_of(int64_t n) {
+    int64_t least = (n / PIECES / BLOCK + 1) * BLOCK;
+    return least < PIECE ? PIECE : least;
 }
 
-#define ENTRY(what, name, word)                                                                                        \
-    PUBLIC void what##_##name(void *x, const void *y, int64_t n, double *found) {                                      \
-        whole(what##_part_##name, sizeof(word), x, y, n, found);                                                       \
+/* Up to GROUP vectors of elements of `size` bytes. The sum of one is that of its pieces, in their order. */
+static void group(part_function *part, int64_t size, char *const *x, char *const *y, const int64_t *n, int64_t k,
+                  double *found) {
+    double figures[GROUP * PIECES][FIGURES];
+    int64_t total = 0, pieces = 0, first[GROUP + 1] = {0};
+    for (int64_t i = 0; i < k; i++) {
+        total += n[i];
+        pieces += (n[i] + piece_of(n[i]) - 1) / piece_of(n[i]);
+        first[i + 1] = pieces;
+    }
+    memset(figures, 0, (size_t)pieces * sizeof *figures);
+#pragma omp parallel for schedule(dynamic, 2) if (total >= SHARED)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t i = 0;
+        while (first[i + 1] <= piece) i++;
+        int64_t step = piece_of(n[i]), start = (piece - first[i]) * step;
+        int64_t count = n[i] - start < step ? n[i] - start : step;
+        part(x[i] + start * size, y ? y[i] + start * size : NULL, count, figures[piece]);
+    }
+    for (int64_t i = 0; i < k; i++)
+        for (int64_t piece = first[i]; piece < first[i + 1]; piece++) {
+            double *sums = found + i * FIGURES, largest = figures[piece][LARGEST];
+            for (int j = 0; j < FIGURES; j++)
+                if (j != LARGEST) sums[j] += figures[piece][j];
+            if (largest > sums[LARGEST] || largest != largest) sums[LARGEST] = largest; /* no number is above NaN */
+        }
+}
+
+static void each(part_function *part, int64_t size, char *const *x, char *const *y, const int64_t *n, int64_t k,
+                 double *found) {
+    memset(found, 0, (size_t)k * FIGURES * sizeof *found);
+    if (k == 1 && *n <= piece_of(*n)) {
+        part(*x, y ? *y : NULL, *n, found);
+        return;
+    }
+    for (int64_t i = 0; i < k; i += GROUP)
+        group(part, size, x + i, y ? y + i : NULL, n + i, k - i < GROUP ? k - i : GROUP, found + i * FIGURES);
+}
+
+/* One vector, or pair of vectors. */
+#define ONE(what, name, word)                                                                                          \
+    PUBLIC void what##_##name(void *one, void *other, int64_t n, double *found) {                                      \
+        char *x = one, *y = other;                                                                                     \
+        each(what##_part_##name, sizeof(word), &x, y ? &y : NULL, &n, 1, found);                                       \
+    }
+
+/* Several at once. */
+#define EACH(what, name, word)                                                                                         \
+    PUBLIC void what##_each_##name(char *const *x, char *const *y, const int64_t *n, int64_t k, double *found) {       \
+        each(what##_part_##name, sizeof(word), x, y, n, k, found);                                                     \
     }
 
 #define ALL(name, word, magnitude)                                                                                     \
@@ -159,10 +209,11 @@ static void whole(part_function *part, int64_t size, char *x, const char *y, int
     PAIRWISE(dot, name, word, a * b)                                                                                   \
     PAIRWISE(distance, name, word, (a - b) * (a - b))                                                                  \
     COPY(name, word)                                                                                                   \
-    ENTRY(measure, name, word)                                                                                         \
-    ENTRY(dot, name, word)                                                                                             \
-    ENTRY(distance, name, word)                                                                                        \
-    ENTRY(copy, name, word)
+    ONE(measure, name, word)                                                                                           \
+    ONE(dot, name, word)                                                                                               \
+    EACH(measure, name, word)                                                                                          \
+    EACH(distance, name, word)                                                                                         \
+    EACH(copy, name, word)
 
 ALL(f32, uint32_t, 0x7fffffffu)
 ALL(f64, uint64_t, 0x7fffffffffffffffu)

@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    Function = Callable[[int, int | None, int, ctypes.Array[c_double]], None]
+    Figures = ctypes.Array[c_double]
+    Function = Callable[[int, int | None, int, Figures], None]
+    Addresses = ctypes.Array[c_void_p]
+    EachFunction = Callable[[Addresses, Addresses | None, ctypes.Array[c_int64], int, Figures], None]
 
 NAMES = ("total", "square", "largest", "zeros")
+_OF_ONE = ("measure", "dot")
+_OF_EACH = ("measure_each", "distance_each", "copy_each")
 _Figures = c_double * len(NAMES)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -30,8 +35,9 @@ class Sums(NamedTuple):
 
     of_one: Function
     of_products: Function
-    of_squared_differences: Function
-    of_copied_squares: Function
+    of_each: EachFunction
+    of_each_squared_differences: EachFunction
+    of_each_copied_squares: EachFunction
 
     def measure(self, x: Tensor) -> tuple[float, ...]:
         """Σ x, Σ x², max |x| (NaN if there is one) and the number of zeros: `NAMES`."""
@@ -41,21 +47,31 @@ class Sums(NamedTuple):
 
     def dot(self, x: Tensor, y: Tensor) -> float:
         """Σ x·y."""
-        return _sum(self.of_products, x, y)
+        found = _Figures()
+        self.of_products(x.data_ptr(), y.data_ptr(), x.numel(), found)
+        return found[0]
 
-    def distance(self, x: Tensor, y: Tensor) -> float:
-        """Σ (x − y)²."""
-        return _sum(self.of_squared_differences, x, y)
+    def measure_each(self, tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
+        """`measure` of several tensors in one call, which wakes the other threads once."""
+        return _each(self.of_each, tensors)
 
-    def copy(self, room: Tensor, x: Tensor) -> float:
-        """Copies x to `room`, and Σ x²."""
-        return _sum(self.of_copied_squares, room, x)
+    def distance_each(self, ones: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
+        """Σ (x − y)² of several pairs."""
+        return [found[0] for found in _each(self.of_each_squared_differences, ones, others)]
+
+    def copy_each(self, rooms: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[float]:
+        """Copies each tensor to its room, and Σ x²."""
+        return [found[0] for found in _each(self.of_each_copied_squares, rooms, tensors)]
 
 
-def _sum(function: Function, x: Tensor, y: Tensor) -> float:
-    found = _Figures()
-    function(x.data_ptr(), y.data_ptr(), x.numel(), found)
-    return found[0]
+def _each(function: EachFunction, ones: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[tuple[float, ...]]:
+    count = len(ones)
+    addresses = c_void_p * count
+    found = (c_double * (count * len(NAMES)))()
+    sizes = (c_int64 * count)(*(x.numel() for x in ones))
+    behind = addresses(*(y.data_ptr() for y in others)) if others else None
+    function(addresses(*(x.data_ptr() for x in ones)), behind, sizes, count, found)
+    return [tuple(found[i : i + len(NAMES)]) for i in range(0, len(found), len(NAMES))]
 
 
 def _load() -> dict[torch.dtype, Sums]:
@@ -69,10 +85,13 @@ def _load() -> dict[torch.dtype, Sums]:
         return {}
     found = {}
     for dtype, name in _DTYPES.items():
-        functions = [getattr(library, f"{what}_{name}") for what in ("measure", "dot", "distance", "copy")]
-        for function in functions:
+        one, each = ([getattr(library, f"{what}_{name}") for what in names] for names in (_OF_ONE, _OF_EACH))
+        for function in one:
             function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, POINTER(c_double)), None
-        found[dtype] = Sums(*functions)
+        for function in each:
+            function.argtypes = (POINTER(c_void_p), POINTER(c_void_p), POINTER(c_int64), c_int64, POINTER(c_double))
+            function.restype = None
+        found[dtype] = Sums(*one, *each)
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from gradflow import device_sums, host_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 Number: TypeAlias = "Tensor | float"
 """A figure: on its way on a device, or, of a tensor in a CPU's memory, at hand."""
@@ -50,6 +50,12 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _readable(x: Tensor) -> Tensor:
+    """The tensor, if its numbers lie in a CPU's memory as they are, else its elements as reals."""
+    lies = x.layout == torch.strided and x.is_contiguous() and not x.is_complex() and not x.is_neg()
+    return x if lies and x.device.type == "cpu" else _flat(_real(x))
+
+
 def _flat(x: Tensor) -> Tensor:
     """The elements in whatever order needs no copy."""
     if not x.is_contiguous():
@@ -66,14 +72,23 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     """
     flat = _flat(_real(x))
     if flat.device.type == "cpu":
-        names = [name for name in wanted if name != "nonfinite"]
-        if "nonfinite" in wanted and not {"largest", "square"} & set(wanted):
-            names.append("largest")
-        found: dict[str, Number] = {**host_sums.measure(flat, names)}
-        if "nonfinite" in wanted:
-            found["nonfinite"] = count_nonfinite(x, found["largest"] if "largest" in found else found["square"])
-    else:
-        found = {**device_sums.measure(flat, [*wanted])}
+        return _completed(x, flat, wanted, host_sums.measure(flat, _summed(wanted)))
+    return _completed(x, flat, wanted, device_sums.measure(flat, [*wanted]))
+
+
+def _summed(wanted: Collection[str]) -> list[str]:
+    """What a CPU has to read for them."""
+    names = [name for name in wanted if name != "nonfinite"]
+    if "nonfinite" in wanted and not {"largest", "square"} & set(wanted):
+        names.append("largest")
+    return names
+
+
+def _completed(x: Tensor, flat: Tensor, wanted: Collection[str], sums: Mapping[str, Number]) -> dict[str, Number]:
+    """With what follows from the sums."""
+    found = {**sums}
+    if "nonfinite" in wanted and "nonfinite" not in found:
+        found["nonfinite"] = count_nonfinite(x, found["largest"] if "largest" in found else found["square"])
     if "zeros" in found and x.is_sparse:
         found["zeros"] = found["zeros"] + (x.numel() - flat.numel())
     return found
@@ -89,13 +104,24 @@ def sum_squares(x: Tensor) -> Number:
     return measure(x, ("square",))["square"]
 
 
-def copy(x: Tensor, room: Tensor | None = None) -> tuple[Tensor, Number]:
-    """A copy of a tensor, and its Σ x², in one pass where a CPU holds it. `room` is an earlier copy to overwrite."""
-    if room is None or room.shape != x.shape or room.dtype != x.dtype or room.device != x.device:
-        room = torch.empty_like(x)
-    if x.device.type == "cpu" and not x.is_complex() and room.is_contiguous() and x.is_contiguous():
-        return room, host_sums.copy(room.view(-1), x.detach().view(-1))
-    return room.copy_(x), sum_squares(x)
+def copy_each(tensors: Sequence[Tensor], rooms: Sequence[Tensor | None]) -> list[tuple[Tensor, Number]]:
+    """A copy of each tensor, and its Σ x², in one pass where a CPU holds it. Rooms are earlier copies to overwrite."""
+    copies = [
+        room if room is not None and _alike(room, x) else torch.empty_like(x)
+        for x, room in zip(tensors, rooms, strict=True)
+    ]
+    pairs = list(zip(copies, tensors, strict=True))
+    plain = [i for i, pair in enumerate(pairs) if all(_readable(x) is x for x in pair)]
+    found = host_sums.copy_each([copies[i] for i in plain], [tensors[i] for i in plain])
+    squares: dict[int, Number] = dict(zip(plain, found, strict=True))
+    for i, (room, x) in enumerate(pairs):
+        if i not in squares:
+            squares[i] = sum_squares(room.copy_(x))
+    return [(room, squares[i]) for i, room in enumerate(copies)]
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
 
 
 def sum_squares_each(tensors: Sequence[Tensor]) -> list[Number]:
@@ -104,17 +130,21 @@ def sum_squares_each(tensors: Sequence[Tensor]) -> list[Number]:
 
 
 def measure_each(tensors: Sequence[Tensor], wanted: Collection[str]) -> list[dict[str, Number]]:
-    """`measure` of each of several tensors; those on a device together, in few calls."""
+    """`measure` of each of several tensors; those of a CPU together, and those of a device, in few calls."""
     found: dict[int, dict[str, Number]] = {}
+    flats = {i: _readable(x) for i, x in enumerate(tensors) if x.device.type == "cpu"}
+    sums = host_sums.measure_each([*flats.values()], _summed(wanted))
+    for (i, flat), figures in zip(flats.items(), sums, strict=True):
+        found[i] = _completed(tensors[i], flat, wanted, figures)
     together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
-        if x.device.type == "cpu" or x.is_sparse:
+        if x.device.type != "cpu" and x.is_sparse:
             found[i] = measure(x, wanted)
-        else:
+        elif i not in found:
             together.setdefault((x.device, x.dtype), []).append(i)
     for places in together.values():
-        figures = device_sums.measure_each([_flat(_real(tensors[i])) for i in places], wanted)
-        found.update(zip(places, ({**row} for row in figures), strict=True))
+        on_device = device_sums.measure_each([_flat(_real(tensors[i])) for i in places], wanted)
+        found.update(zip(places, ({**row} for row in on_device), strict=True))
     return [found[i] for i in range(len(tensors))]
 
 
@@ -123,20 +153,28 @@ def sum_squared_differences(x: Tensor, y: Tensor) -> Number:
     x, y = _real(x).reshape(-1), _real(y).reshape(-1)
     if x.device.type != "cpu":
         return device_sums.distance(x, y)
-    return host_sums.distance(x, y) if x.dtype == y.dtype else host_sums.distance(x.double(), y.double())
+    return host_sums.distance_each(*(([x], [y]) if x.dtype == y.dtype else ([x.double()], [y.double()])))[0]
 
 
 def sum_squared_differences_each(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Number]:
     """Σ (x − y)² of several pairs. `before` is used up: on a device the differences take its memory."""
     pairs = list(zip(before, after, strict=True))
-    fused = [x.device.type != "cpu" and x.dtype == y.dtype and x.element_size() > 2 for x, y in pairs]
-    if any(fused):
-        ours, theirs = zip(*(pair for pair, alike in zip(pairs, fused, strict=True) if alike), strict=True)
+    held, fused = [], []
+    for i, (x, y) in enumerate(pairs):
+        if x.dtype == y.dtype and x.device.type == "cpu" and _readable(x) is x and _readable(y) is y:
+            held.append(i)
+        elif x.dtype == y.dtype and x.device.type != "cpu" and x.element_size() > 2:
+            fused.append(i)
+    found: dict[int, Number] = dict(zip(held, host_sums.distance_each(*_columns(pairs, held)), strict=True))
+    if fused:
+        ours, theirs = _columns(pairs, fused)
         torch._foreach_sub_(ours, theirs)
-    squares = iter(sum_squares_each(ours) if any(fused) else ())
-    return [
-        next(squares) if alike else sum_squared_differences(*pair) for pair, alike in zip(pairs, fused, strict=True)
-    ]
+        found.update(zip(fused, sum_squares_each(ours), strict=True))
+    return [found[i] if i in found else sum_squared_differences(*pair) for i, pair in enumerate(pairs)]
+
+
+def _columns(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    return [pairs[i][0] for i in places], [pairs[i][1] for i in places]
 
 
 def dot(x: Tensor, y: Tensor) -> Number:

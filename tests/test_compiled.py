@@ -44,7 +44,7 @@ def test_any_float32_numbers_are_measured_as_float64_measures_them(values, rando
             "dot": ((a * b).sum(), np.abs(a * b).sum()), "distance": (((a - b) ** 2).sum(),) * 2,
         }  # fmt: skip
     total, square, largest, zeros = sums.measure(x)
-    found = {"total": total, "square": square, "dot": sums.dot(x, y), "distance": sums.distance(x, y)}
+    found = {"total": total, "square": square, "dot": sums.dot(x, y), "distance": sums.distance_each([x], [y])[0]}
     for name, (value, size) in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-13 * size if np.isfinite(size) else 0, err_msg=name)
     np.testing.assert_equal(largest, np.abs(a).max())
@@ -57,11 +57,27 @@ def test_no_element_is_missed_or_read_twice_where_vectors_are_cut(n):
     sums = compiled.SUMS[torch.float64]
     assert sums.measure(x) == (n * (n + 1) / 2, pytest.approx(float((x * x).sum()), rel=1e-14), n, 0)
     assert sums.dot(x, torch.ones_like(x)) == n * (n + 1) / 2
-    assert sums.distance(x, x - 1) == n
-    room = torch.full((n + 2,), -1.0, dtype=torch.float64)
-    assert sums.copy(room[1:-1], x) == pytest.approx(float((x * x).sum()), rel=1e-14)
-    assert torch.equal(room[1:-1], x)
-    assert room[0] == room[-1] == -1
+    assert sums.distance_each([x], [x - 1]) == [n]
+    for offset in (1, 2):  # where memory is copied wide, and where it does not stand for that
+        room = torch.full((n + 2 * offset,), -1.0, dtype=torch.float64)
+        assert sums.copy_each([room[offset:-offset]], [x]) == [pytest.approx(float((x * x).sum()), rel=1e-14)]
+        assert torch.equal(room[offset:-offset], x)
+        assert room[offset - 1] == room[-offset] == -1
+
+
+@pytest.mark.parametrize("dtype", compiled.SUMS, ids=str)
+def test_several_vectors_at_once_are_measured_as_each_by_itself(dtype):
+    sizes = [1, 300, SHARED + 5, 7, 2 * SHARED, *range(2, 72)]
+    ones, others = ([torch.randn(n).to(dtype) for n in sizes] for _ in range(2))
+    ones[1][0], ones[3][6], ones[4][-1] = float("nan"), float("inf"), float("nan")
+    sums, rooms = compiled.SUMS[dtype], [torch.empty_like(x) for x in ones]
+    np.testing.assert_equal(sums.measure_each(ones), [sums.measure(x) for x in ones])
+    each = [sums.distance_each([x], [y])[0] for x, y in zip(ones, others, strict=True)]
+    np.testing.assert_equal(sums.distance_each(ones, others), each)
+    np.testing.assert_allclose(sums.copy_each(rooms, ones), [sums.measure(x)[1] for x in ones], rtol=1e-14)
+    for room, x in zip(rooms, ones, strict=True):
+        assert torch.equal(room.view(torch.uint8), x.view(torch.uint8))
+    assert sums.measure_each([]) == []
 
 
 @pytest.mark.parametrize("place", [0, SHARED // 2, 2 * SHARED - 1])
@@ -80,7 +96,8 @@ def test_sums_are_bit_for_bit_the_same_on_any_number_of_threads(dtype):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append((sums.measure(x), sums.dot(x, y), sums.distance(x, y), sums.copy(torch.empty_like(x), x)))
+            pair = sums.distance_each([x], [y]), sums.copy_each([torch.empty_like(x), torch.empty_like(y)], [x, y])
+            found.append((sums.measure(x), sums.dot(x, y), sums.measure_each([x, y]), *pair))
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]

@@ -84,6 +84,28 @@ def test_each_function_gives_its_own_part_of_measure():
     assert s.count_nonfinite(x) == found["nonfinite"] == 0
 
 
+def test_tensors_measured_together_have_the_figures_of_each_by_itself():
+    plain = [x for dtype in REL for x in tensors(dtype)]
+    xs = [*plain, torch.randn(6, 7).T, torch.randn(4, 5, dtype=torch.complex64), torch.tensor([1.0, math.nan, math.inf])]
+    ys = [(x * 0.75).to(torch.float64 if i % 5 == 0 and not x.is_complex() else x.dtype) for i, x in enumerate(xs)]
+    np.testing.assert_equal(s.measure_each(xs, NAMES), [s.measure(x, NAMES) for x in xs])
+    each = [s.sum_squared_differences(x, y) for x, y in zip(xs, ys, strict=True)]
+    np.testing.assert_equal(s.sum_squared_differences_each(xs, ys), each)
+    assert s.measure_each([], NAMES) == s.sum_squared_differences_each([], []) == s.copy_each([], []) == []
+
+
+def test_copies_are_those_tensors_and_earlier_copies_of_the_same_kind_are_overwritten():
+    xs = [*tensors(), *tensors(torch.bfloat16), torch.randn(6, 7).T, torch.randn(4, 5, dtype=torch.complex64)]
+    first = s.copy_each(xs, [None] * len(xs))
+    rooms = [room for room, _ in first]
+    others = [x * 3 for x in xs]
+    again = s.copy_each(others, [*rooms[:-1], torch.empty(4, 5)])
+    for x, (room, square), other, (room_then, _) in zip(xs, first, others, again, strict=True):
+        assert square == pytest.approx(float(x.abs().double().square().sum()), rel=2e-6)
+        assert torch.equal(room_then, other)
+        assert room_then is room or x is xs[-1]
+
+
 def test_small_differences_of_large_numbers_keep_their_digits():
     x = torch.full((10_000,), 1e4)
     y = x + 2.0**-6

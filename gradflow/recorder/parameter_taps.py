@@ -56,31 +56,22 @@ class ParameterTaps:
         """Measure and keep the weights."""
         if self._norm_only:
             return
-        on_device: dict[str, Tensor | None] = {}
-        for name, parameter in self._parameters.items():
-            weight = measurable(parameter.detach())
-            if weight is None:
-                continue
-            copied = self._updates and parameter.requires_grad
-            self._buffer.put("parameters", name, {"n": float(weight.numel())})
-            if weight.device.type != "cpu":
-                on_device[name] = weight
-                if copied:
-                    self._before[name] = weight.clone()
-                continue
-            if copied:
-                self._before[name], square = statistics.copy(weight, self._rooms.get(name))
-                self._rooms[name] = self._before[name]
-            else:
-                square = statistics.sum_squares(weight)
-            self._buffer.put("parameters", name, {"weight_sq": square})
-        for name, square in _squares(on_device).items():
-            self._buffer.put("parameters", name, {"weight_sq": square})
+        weights = _visible_of(self._parameters)
+        moving = [name for name in weights if self._updates and self._parameters[name].requires_grad]
+        held = [name for name in moving if weights[name].device.type == "cpu"]
+        copies = statistics.copy_each([weights[name] for name in held], [self._rooms.get(name) for name in held])
+        squares: dict[str, Number] = {}
+        for name, (copy, square) in zip(held, copies, strict=True):
+            self._before[name] = self._rooms[name] = copy
+            squares[name] = square
+        self._before |= {name: weights[name].clone() for name in moving if name not in squares}
+        squares |= _squares({name: weight for name, weight in weights.items() if name not in squares})
+        for name, weight in weights.items():
+            self._buffer.put("parameters", name, {"n": float(weight.numel()), "weight_sq": squares[name]})
 
     def weights(self) -> None:
         """Measure Σ w² as the weights stand; a later call replaces an earlier one."""
-        visible = {name: measurable(parameter.detach()) for name, parameter in self._parameters.items()}
-        self._weights.update(_squares(visible))
+        self._weights.update(_squares(_visible_of(self._parameters)))
 
     def names(self, of: Iterable[Tensor]) -> set[str]:
         """Names of those among some tensors that are parameters measured here."""
@@ -116,15 +107,19 @@ class ParameterTaps:
         The names of those measured.
         """
         names = self._parameters if of is None else self.names(of)
-        visible: dict[str, Tensor | None] = {}
+        visible: dict[str, Tensor] = {}
         for name in names:
             gradient = self._parameters[name].grad
-            visible[name] = None if gradient is None or name in besides else _visible(gradient)
+            seen = None if gradient is None or name in besides else _visible(gradient)
+            if seen is not None:
+                visible[name] = seen
         if self._norm_only:
             self._gradients.update({name: {"grad_sq": square} for name, square in _squares(visible).items()})
         else:
-            self._gradients.update(_measured(visible))
-        return {name for name, gradient in visible.items() if gradient is not None}
+            found = statistics.measure_each(list(visible.values()), tuple(_COLUMNS))
+            for name, values in zip(visible, found, strict=True):
+                self._gradients[name] = {_COLUMNS[column]: value for column, value in values.items()}
+        return set(visible)
 
     def finish(self) -> None:
         """Measure the updates, now that the optimizer has stepped."""
@@ -132,31 +127,25 @@ class ParameterTaps:
             self._buffer.put("parameters", name, values)
         for name, square in self._weights.items():
             self._buffer.put("parameters", name, {"weight_sq": square})
-        after = {name: measurable(self._parameters[name].detach()) for name in self._before}
-        pairs = {
-            name: (self._before[name], weight) for name, weight in after.items()
-            if weight is not None and weight.shape == self._before[name].shape
-        }  # fmt: skip
-        moved = statistics.sum_squared_differences_each(*([pair[i] for pair in pairs.values()] for i in (0, 1)))
-        for name, square in zip(pairs, moved, strict=True):
+        now = _visible_of({name: self._parameters[name] for name in self._before})
+        stayed = [name for name, weight in now.items() if weight.shape == self._before[name].shape]
+        before, after = [self._before[name] for name in stayed], [now[name] for name in stayed]
+        moved = statistics.sum_squared_differences_each(before, after)
+        for name, square in zip(stayed, moved, strict=True):
             self._buffer.put("parameters", name, {"update_sq": square})
         self._before.clear()
 
 
+def _visible_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Their values, of those that can be measured."""
+    seen = {name: measurable(parameter) for name, parameter in parameters.items()}
+    return {name: weight for name, weight in seen.items() if weight is not None}
+
+
 def _visible(gradient: Tensor) -> Tensor | None:
     """A gradient that can be measured: a dense one that hides nothing, or a sparse one with each row once."""
-    return gradient.coalesce() if gradient.layout == torch.sparse_coo else measurable(gradient.detach())
+    return gradient.coalesce() if gradient.layout == torch.sparse_coo else measurable(gradient)
 
 
-def _squares(tensors: Mapping[str, Tensor | None]) -> dict[str, Number]:
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return dict(zip(present, statistics.sum_squares_each(list(present.values())), strict=True))
-
-
-def _measured(gradients: Mapping[str, Tensor | None]) -> dict[str, dict[str, Number | None]]:
-    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    found = statistics.measure_each(list(present.values()), tuple(_COLUMNS))
-    return {
-        name: {_COLUMNS[figure]: value for figure, value in figures.items()}
-        for name, figures in zip(present, found, strict=True)
-    }
+def _squares(tensors: Mapping[str, Tensor]) -> dict[str, Number]:
+    return dict(zip(tensors, statistics.sum_squares_each(list(tensors.values())), strict=True))
