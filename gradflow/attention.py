@@ -6,6 +6,7 @@ queries a head, and at most `HEADS` heads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +51,17 @@ class Sample:
 
     def rows(self, x: Tensor) -> Tensor:
         """Sampled rows of x (sequence, head, query, any), where axes of length one stand for all: (s, h, q, any)."""
-        s, h, q = (
-            index if length > 1 else torch.zeros_like(index)
-            for index, length in zip((self.sequences, self.heads, self.queries), x.shape, strict=False)
-        )
-        return x[s[:, None, None], h[None, :, None], q[None, None, :]]
+        for axis, index in enumerate((self.sequences, self.heads, self.queries)):
+            x = _taken(x, axis, index)
+        return x.expand(len(self.sequences), len(self.heads), len(self.queries), -1)
+
+
+def _taken(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Places of an axis, evenly spread; a view where that is all of them, or the first."""
+    length = x.shape[axis]
+    if length == 1 or len(index) == length:
+        return x
+    return x.narrow(axis, 0, 1) if len(index) == 1 else x.index_select(axis, index)
 
 
 def attention_columns(logits: Tensor, allowed: Tensor | None = None) -> dict[str, Tensor]:
@@ -69,21 +76,17 @@ def attention_columns(logits: Tensor, allowed: Tensor | None = None) -> dict[str
     kept = logits > MASKED
     if allowed is not None:
         kept = kept & allowed
-    low = torch.full_like(logits, float("-inf"))
-    shown = torch.where(kept, logits, low)
-    count = kept.sum(-1).to(logits.dtype)
-    valid = count > 0
-    largest = shown.amax(-1, keepdim=True)
-    shifted = torch.where(kept, logits - largest, torch.zeros_like(logits))
-    weights = torch.where(kept, shifted.exp(), torch.zeros_like(logits))
-    total = weights.sum(-1)
-    entropy = torch.where(valid, total.log() - (weights * shifted).sum(-1) / total, torch.zeros_like(total))
-    heads = entropy.sum((0, 2)) / valid.sum((0, 2))
-    lowest = torch.where(valid.any(2).any(0), heads, torch.full_like(heads, float("inf"))).amin()
-    none = torch.full_like(lowest, float("nan"))
+    shown = logits.masked_fill(~kept, -math.inf)
+    count = kept.sum(-1)
+    none = count == 0
+    weights = torch.softmax(shown, -1)
+    entropy = (0 - torch.xlogy(weights, weights).sum(-1)).masked_fill(none, 0)
+    by_head, keys, queries = entropy.sum((0, 2)), count.sum(), (~none).sum((0, 2))
+    lowest = (by_head / queries).masked_fill(queries == 0, math.inf).amin()
+    largest, valid = shown.amax(), queries.sum()
     return {
-        "entropy": entropy.sum() / valid.sum(), "entropy_min": torch.where(valid.any(), lowest, none),
-        "logit_max": torch.where(valid.any(), shown.amax(), none), "keys": count.sum() / valid.sum(),
+        "entropy": by_head.sum() / valid, "entropy_min": lowest.masked_fill(valid == 0, math.nan),
+        "logit_max": largest.masked_fill(valid == 0, math.nan), "keys": keys.to(logits.dtype) / valid,
     }  # fmt: skip
 
 
@@ -98,7 +101,8 @@ def of_products(
     query, key = _four(query), _four(key)
     sample = Sample.of((*query.shape[:3], key.shape[2]), query.device)
     groups = query.shape[1] // max(key.shape[1], 1)
-    taken = key[sample.sequences[:, None], (sample.heads // groups)[None, :]]
+    taken = _taken(key, 0, sample.sequences)
+    taken = taken.index_select(1, sample.heads // groups) if groups > 1 else _taken(taken, 1, sample.heads)
     rows = statistics.wide(sample.rows(query))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     logits = rows @ statistics.wide(taken).to(rows.dtype).mT * factor
