@@ -31,7 +31,7 @@ _DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", t
 
 
 class Sums(NamedTuple):
-    """The functions for one dtype, of contiguous tensors in a CPU's memory; two tensors have one length."""
+    """The functions for one dtype, of contiguous tensors in a CPU's memory; two tensors have one number of elements."""
 
     of_one: Function
     of_products: Function
@@ -100,7 +100,9 @@ SUMS = _load()
 
 
 def sums(*tensors: Tensor) -> Sums | None:
-    """What reads these tensors of one dtype, if anything does."""
-    if not all(x.is_contiguous() and x.data_ptr() for x in tensors):  # no address: empty, or zeros without memory
-        return None
+    """What reads these tensors of one dtype as they lie in memory, if that is their elements in order, as they are."""
+    for x in tensors:
+        plain = x.layout is torch.strided and x.is_cpu and x.is_contiguous() and not x.is_neg()
+        if not (plain and x.data_ptr()):  # no address: empty, or zeros without memory
+            return None
     return SUMS.get(tensors[0].dtype)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from gradflow import device_sums, host_sums
+from gradflow import compiled, device_sums, host_sums
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -67,9 +67,13 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     """Several statistics of one tensor in one pass over it.
 
     `wanted` holds names among `total` (Σ x), `square` (Σ x²), `largest` (max |x|; NaN if there is one), `zeros`
-    (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite; it brings `largest` along where
-    there is no `square`).
+    (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite; it may bring `largest` along).
     """
+    if sums := compiled.sums(x):
+        known: dict[str, Number] = dict(zip(compiled.NAMES, sums.measure(x), strict=True))
+        if "nonfinite" in wanted:
+            known["nonfinite"] = count_nonfinite(x, known["largest"])
+        return {name: known[name] for name in wanted}
     flat = _flat(_real(x))
     if flat.device.type == "cpu":
         return _completed(x, flat, wanted, host_sums.measure(flat, _summed(wanted)))
@@ -179,6 +183,8 @@ def _columns(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[int]) -> t
 
 def dot(x: Tensor, y: Tensor) -> Number:
     """Dot product Σ x·y of two tensors of one shape (broadcast first where they differ)."""
+    if x.shape == y.shape and x.dtype == y.dtype and (sums := compiled.sums(x, y)):
+        return sums.dot(x, y)
     x, y = _real(x), _real(y)
     if x.shape != y.shape:
         shape = broadcast_shape(tuple(x.shape), tuple(y.shape))

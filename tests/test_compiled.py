@@ -112,11 +112,24 @@ def test_subnormal_numbers_count_and_stay_what_they_are_for_everybody_else():
 
 
 @pytest.mark.parametrize(
-    "x", [torch.arange(12.0)[::2], torch.empty(0), torch._efficientzerotensor(5), torch.ones(3, dtype=torch.float8_e5m2)],
-    ids=["strided", "empty", "without memory", "another type"],
+    "x",
+    [
+        torch.arange(12.0)[::2], torch.arange(12.0).view(3, 4).t(), torch.empty(0, 3), torch._efficientzerotensor(5),
+        torch.ones(3, dtype=torch.float8_e5m2), torch.ones(3, dtype=torch.complex64), torch.eye(3).to_sparse(),
+        torch.arange(3.0).mul(1j).conj().imag, torch._neg_view(torch.arange(3.0)), torch.ones(3, device="meta"),
+    ],
+    ids=["strided", "transposed", "empty", "without memory", "another type", "complex", "sparse", "conjugate", "negative", "meta"],
 )  # fmt: skip
-def test_what_does_not_lie_in_memory_as_numbers_of_a_known_type_is_left_to_numpy(x):
+def test_what_does_not_lie_in_memory_as_numbers_of_a_known_type_is_not_read_as_it_lies(x):
     assert compiled.sums(x) is None
+
+
+def test_a_negative_view_is_measured_by_its_values_not_its_memory():
+    x = torch._neg_view(torch.arange(5.0))
+    assert statistics.measure(x, ("total", "square")) == {"total": -10, "square": 30}
+    assert statistics.dot(x, torch.ones(5)) == -10
+    assert statistics.sum_squared_differences(x, torch.zeros(5)) == 30
+    assert statistics.copy_each([x], [None])[0][0].tolist() == [0, -1, -2, -3, -4]
 
 
 def test_a_strided_vector_is_measured_by_its_own_elements():

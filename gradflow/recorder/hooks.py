@@ -6,7 +6,7 @@ alive, and adds nothing to the graph: the training's own arithmetic stays bit fo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Edge = tuple[Any, int]
 """An autograd node and the number of its output."""
+Use: TypeAlias = "Callable[[Tensor], None]"
+"""What is done with a gradient."""
 _WALK_LIMIT = 2048
 _MOST_VIEWS = 4
 _RESHAPES = frozenset({
@@ -43,7 +45,9 @@ class undisturbed:  # noqa: N801 (a context manager)
         self._grad = torch.is_grad_enabled()
         if self._grad:
             torch._C._set_grad_enabled(False)  # noqa: SLF001
-        self._autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        self._autocast: tuple[str, ...] = ()
+        if torch._C._is_any_autocast_enabled():  # noqa: SLF001
+            self._autocast = tuple(kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
         for kind in self._autocast:
             torch.set_autocast_enabled(kind, False)
 
@@ -63,25 +67,29 @@ class Hooks:
         self._on_error = on_error
         self.live = True  # False while gradients run that are not those of the loss (a gradient penalty's inner ones)
         self._last: tuple[Tensor, dict[str, Number]] | None = None
+        self._uses: dict[int, tuple[RemovableHandle, list[tuple[int, Use]]]] = {}  # by id of the autograd node
 
-    def gradient(self, edge: Edge, use: Callable[[Tensor], None]) -> None:
+    def gradient(self, edge: Edge, use: Use) -> None:
         """Call `use` with the gradient of the tensor at `edge`, summed over all paths, whenever a backward has it."""
         node, number = edge
+        handle, uses = self._uses.get(id(node), (None, []))
+        if handle is not None and handle.hooks_dict_ref() is not None:  # else another node is gone, whose id it was
+            uses.append((number, use))
+            return
+        uses = [(number, use)]
 
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
-            gradient = gradients[number]
-            if gradient is not None:
-                self._run(use, gradient)
+            self._run(uses, gradients)
 
         self._handles.append(node.register_prehook(hook))
+        self._uses[id(node)] = self._handles[-1], uses
 
-    def returned(self, node: Any, position: int, use: Callable[[Tensor], None]) -> None:
+    def returned(self, node: Any, position: int, use: Use) -> None:
         """Call `use` with what the autograd node `node` sends back to its input number `position`."""
+        uses = [(position, use)]
 
         def hook(sent: tuple[Tensor | None, ...], _received: tuple[Tensor | None, ...]) -> None:
-            gradient = sent[position]
-            if gradient is not None:
-                self._run(use, gradient)
+            self._run(uses, sent)
 
         self._handles.append(node.register_hook(hook))
 
@@ -99,20 +107,23 @@ class Hooks:
         """Σ g²."""
         return self.measure(gradient, "square")["square"]
 
-    def _run(self, use: Callable[[Tensor], None], gradient: Tensor) -> None:
+    def _run(self, uses: list[tuple[int, Use]], gradients: tuple[Tensor | None, ...]) -> None:
         if not self.live:
             return
-        try:
-            with undisturbed():
-                visible = measurable(gradient)
-                if visible is not None:
-                    use(visible)
-        except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
-            self._on_error(error)
+        with undisturbed():
+            for number, use in uses:
+                try:
+                    gradient = gradients[number]
+                    visible = None if gradient is None else measurable(gradient)
+                    if visible is not None:
+                        use(visible)
+                except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
+                    self._on_error(error)
 
     def remove(self) -> None:
         """Take every hook off again."""
         self._last = None
+        self._uses.clear()
         while self._handles:
             self._handles.pop().remove()
 

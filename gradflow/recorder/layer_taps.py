@@ -72,6 +72,12 @@ class Occurrences:
         return name
 
 
+def _learns(module: nn.Module) -> bool:
+    """Whether a module has parameters; the search through those inside it is spared where it has some itself."""
+    own = module._parameters.values()  # noqa: SLF001
+    return any(parameter is not None for parameter in own) or next(module.parameters(), None) is not None
+
+
 def module_layer(path: str, module: nn.Module) -> Layer:
     """A module as a layer."""
     kind = type(module).__name__
@@ -104,8 +110,7 @@ class LayerTaps:
         """Note that a module's forward begins."""
         if self._stack:
             self._running[self._stack[-1]].has_calls = True
-        learned = next(module.parameters(), None) is not None and not isinstance(module, nn.PReLU)
-        plain = next(module.children(), None) is None and not learned
+        plain = (isinstance(module, nn.PReLU) or not _learns(module)) and next(module.children(), None) is None
         self._running[call] = _Running(path, module, grad, plain)
         self._stack.append(call)
 
@@ -129,8 +134,7 @@ class LayerTaps:
             self._stack.pop()
         if out is None or running.has_calls or not (out.is_floating_point() or out.is_complex()):
             return None
-        leaf = next(running.module.parameters(), None) is not None
-        if leaf or running.has_activation:
+        if _learns(running.module) or running.has_activation:
             layer = module_layer(running.path, running.module)
             return self._measure(layer, out, channel_dim, activation=running.has_activation, grad=running.grad)
         return None

@@ -31,6 +31,7 @@ _RESULTS = (Tensor, tuple, list)
 _FLAT = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
 _no_functions = torch._C.DisableTorchFunction  # noqa: SLF001
+_any_autocast = torch._C._is_any_autocast_enabled  # noqa: SLF001
 
 
 class Note(NamedTuple):
@@ -133,7 +134,7 @@ class Tape:
         grad = torch.is_grad_enabled() or in_checkpoint()
         self._notes.append((
             func, weak, self._weak(kwargs) if kwargs else kwargs, results, self.scope, grad,
-            torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+            torch.get_autocast_dtype("cpu") if _any_autocast() and torch.is_autocast_enabled("cpu") else None,
         ))  # fmt: skip
         for of in results:
             made.add(id(of))
