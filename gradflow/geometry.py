@@ -44,14 +44,16 @@ def sample_rows(x: Tensor, channel_dim: int, rows: int) -> Tensor | None:
     if x.dim() <= 2:
         x = x.reshape(1, -1, x.shape[-1])
     else:
-        x = x.movedim(channel_dim, -1)
+        if channel_dim % x.dim() != x.dim() - 1:
+            x = x.movedim(channel_dim, -1)
         if x.dim() > 3:
             x = x.flatten(1, -2)
     sequences, positions = x.shape[0], x.shape[1]
     if sequences * positions <= rows:
         return statistics.wide(x.clone())
     take = min(positions, max(rows // sequences, min(_FEWEST_POSITIONS, rows)))
-    return statistics.wide(x[: max(rows // take, 1)].index_select(1, spread(positions, take, x.device)))
+    most = max(rows // take, 1)
+    return statistics.wide((x[:most] if sequences > most else x).index_select(1, spread(positions, take, x.device)))
 
 
 def has_tokens(shape: tuple[int, ...]) -> bool:
