@@ -79,13 +79,16 @@ def _load() -> dict[torch.dtype, Sums]:
     built = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_sums{suffix}").exists()]
     if not built:
         return {}
+    found = {}
     try:
         library = ctypes.CDLL(str(built[0]))
-    except OSError:  # built for another system, or without its OpenMP: numpy is as right
-        return {}
-    found = {}
-    for dtype, name in _DTYPES.items():
-        one, each = ([getattr(library, f"{what}_{name}") for what in names] for names in (_OF_ONE, _OF_EACH))
+        functions = {
+            dtype: [[getattr(library, f"{what}_{name}") for what in names] for names in (_OF_ONE, _OF_EACH)]
+            for dtype, name in _DTYPES.items()
+        }
+    except (OSError, AttributeError):  # built for another system, without its OpenMP, or of another version
+        return {}  # numpy is as right
+    for dtype, (one, each) in functions.items():
         for function in one:
             function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, POINTER(c_double)), None
         for function in each:

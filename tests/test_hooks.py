@@ -26,13 +26,12 @@ def hooks(faults):
     placed.remove()
 
 
-def test_uses_of_one_autograd_node_share_a_hook_and_each_gets_the_gradient_of_its_output(hooks, faults):
+def test_each_use_of_an_autograd_node_gets_the_gradient_of_its_output_whatever_others_do(hooks, faults):
     first, second = torch.ones(4, requires_grad=True).split(2)
     seen = []
     hooks.gradient(edge(first), lambda g: seen.append(("first", g.tolist())))
     hooks.gradient(edge(second), lambda _: 1 / 0)
     hooks.gradient(edge(second), lambda g: seen.append(("second", g.tolist())))
-    assert len(hooks._handles) == 1
     (first.sum() + 2 * second.sum()).backward()
     assert seen == [("first", [1, 1]), ("second", [2, 2])]
     assert [type(fault) for fault in faults] == [ZeroDivisionError]
@@ -48,15 +47,14 @@ def test_output_that_gets_no_gradient_is_passed_over(hooks, faults):
     assert seen in ([1.0], [0.0, 1.0])
 
 
-def test_node_that_has_the_address_of_one_that_is_gone_is_another_one(hooks):
-    x, seen, addresses = torch.ones(1, requires_grad=True), [], []
-    for number in range(50):
-        y = x * 2
-        addresses.append(id(y.grad_fn))
+def test_nodes_that_live_at_once_are_told_apart(hooks):
+    """An autograd node may outlive the object that Python shows of it (PyTorch 2.11), whose address another may get."""
+    x, seen = torch.ones(1, requires_grad=True), []
+    results = [x * 2 for _ in range(50)]
+    for number, y in enumerate(results):
         hooks.gradient(edge(y), lambda _, number=number: seen.append(number))
+    for y in results:
         y.backward()
-        del y
-    assert len(set(addresses)) < 50
     assert seen == list(range(50))
 
 

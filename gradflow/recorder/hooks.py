@@ -67,29 +67,21 @@ class Hooks:
         self._on_error = on_error
         self.live = True  # False while gradients run that are not those of the loss (a gradient penalty's inner ones)
         self._last: tuple[Tensor, dict[str, Number]] | None = None
-        self._uses: dict[int, tuple[RemovableHandle, list[tuple[int, Use]]]] = {}  # by id of the autograd node
 
     def gradient(self, edge: Edge, use: Use) -> None:
         """Call `use` with the gradient of the tensor at `edge`, summed over all paths, whenever a backward has it."""
         node, number = edge
-        handle, uses = self._uses.get(id(node), (None, []))
-        if handle is not None and handle.hooks_dict_ref() is not None:  # else another node is gone, whose id it was
-            uses.append((number, use))
-            return
-        uses = [(number, use)]
 
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
-            self._run(uses, gradients)
+            self._run(use, gradients[number])
 
         self._handles.append(node.register_prehook(hook))
-        self._uses[id(node)] = self._handles[-1], uses
 
     def returned(self, node: Any, position: int, use: Use) -> None:
         """Call `use` with what the autograd node `node` sends back to its input number `position`."""
-        uses = [(position, use)]
 
         def hook(sent: tuple[Tensor | None, ...], _received: tuple[Tensor | None, ...]) -> None:
-            self._run(uses, sent)
+            self._run(use, sent[position])
 
         self._handles.append(node.register_hook(hook))
 
@@ -107,23 +99,20 @@ class Hooks:
         """Σ g²."""
         return self.measure(gradient, "square")["square"]
 
-    def _run(self, uses: list[tuple[int, Use]], gradients: tuple[Tensor | None, ...]) -> None:
-        if not self.live:
+    def _run(self, use: Use, gradient: Tensor | None) -> None:
+        if gradient is None or not self.live:
             return
-        with undisturbed():
-            for number, use in uses:
-                try:
-                    gradient = gradients[number]
-                    visible = None if gradient is None else measurable(gradient)
-                    if visible is not None:
-                        use(visible)
-                except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
-                    self._on_error(error)
+        try:
+            with undisturbed():
+                visible = measurable(gradient)
+                if visible is not None:
+                    use(visible)
+        except Exception as error:  # noqa: BLE001 (whatever it is, training goes on)
+            self._on_error(error)
 
     def remove(self) -> None:
         """Take every hook off again."""
         self._last = None
-        self._uses.clear()
         while self._handles:
             self._handles.pop().remove()
 
