@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -201,6 +204,33 @@ def test_exception_inside_a_step_leaves_nothing(tmp_path):
     with recorder.step():
         usual_loss(model, batch()).backward()
     assert recorder.run.steps == [0]
+
+
+@pytest.mark.parametrize("checkpointing", ["no", "yes", "reentrant"])
+@pytest.mark.parametrize("how", ["sampled", "guarded", "without a backward pass", "stopped by an exception"])
+def test_a_model_goes_with_its_last_reference_though_it_was_recorded(how, checkpointing, tmp_path):
+    gc.collect()
+    gc.disable()  # nothing of ours may wait for a collection, and hold a model's memory until then
+    try:
+        model = Transformer(checkpointing=checkpointing)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with gradflow.Recorder(
+            model, optimizer, tmp_path / "run", every_n_steps=100 if how == "guarded" else 1, strict=True, nan_guard=how == "guarded"
+        ) as recorder:
+            for _ in range(4):
+                with contextlib.suppress(KeyboardInterrupt), recorder.step():
+                    loss = model(batch()).square().mean()
+                    if how == "stopped by an exception":
+                        raise KeyboardInterrupt
+                    if how != "without a backward pass":
+                        loss.backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+        gone = weakref.ref(model)
+        del model, optimizer, recorder, loss
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_step_without_a_backward_pass_leaves_no_row(tmp_path):

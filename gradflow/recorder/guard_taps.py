@@ -122,8 +122,9 @@ class GuardTaps:
         self.close()
 
     def close(self) -> None:
-        """Take every hook off and let go of the pass."""
+        """Take every hook off and let go of the pass and of the mode, which tells the step: it is over for good."""
         self.shut()
+        self._attachment.release()
         self.close_pass()
 
 

@@ -246,9 +246,11 @@ class Taps:
         self.close()
 
     def close(self) -> None:
-        """Take every hook off and let go of the pass."""
+        """Take every hook off and let go of the pass, of the tracer and of who is told: the step is over for good."""
         self.hooks.remove()
         self.tracer.take()
+        self.tracer.release()
+        self._on_backward, self._after_backward = lambda _loss: None, lambda: None
         self._passes.clear()
         if self.tape is not None:
             self.tape.clear()

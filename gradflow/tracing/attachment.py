@@ -96,6 +96,11 @@ class Attachment:
             self._unhook(module)
         self._paths = {}
 
+    def release(self) -> None:
+        """Let go of mode and observers, which know us: closed for good."""
+        self.close()
+        self._mode, self._entered, self._exited = None, _nothing, _nothing
+
     def _hook(self, module: nn.Module) -> None:
         """Register both hooks, as `register_forward_hook` and its like do, without a handle for each."""
         path = self._paths[module]

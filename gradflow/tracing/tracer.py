@@ -85,6 +85,12 @@ class Tracer(TorchFunctionMode):
         self._frames.leave(0)
         self._place()
 
+    def release(self) -> None:
+        """Let go of the pass and of whoever is told, who knows us: nothing of ours waits for a garbage collection."""
+        self._attachment.release()
+        self.observer = self.when_outermost_ends = None
+        self.clear()
+
     def _fault(self, error: Exception) -> None:
         """Our own bookkeeping failed: whoever observes a training hears of it, and the training goes on."""
         if self.observer is None:
