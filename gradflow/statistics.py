@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradflow import compiled, device_sums, host_sums
+from gradflow.shapes import broadcast
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -187,7 +188,7 @@ def dot(x: Tensor, y: Tensor) -> Number:
         return sums.dot(x, y)
     x, y = _real(x), _real(y)
     if x.shape != y.shape:
-        shape = broadcast_shape(tuple(x.shape), tuple(y.shape))
+        shape = broadcast(tuple(x.shape), tuple(y.shape))
         x, y = x.expand(shape), y.expand(shape)
     x, y = (_flat(x), _flat(y)) if x.stride() == y.stride() else (x.reshape(-1), y.reshape(-1))
     if x.device.type == "cpu":
@@ -242,16 +243,3 @@ def live_units(x: Tensor, channel_dim: int, zeros: Number | None = None) -> Tens
             return torch.ones(x.shape[channel_dim], dtype=torch.bool)
         return torch.from_numpy(host_sums.live(x, channel_dim))
     return device_sums.live(x, channel_dim)
-
-
-def broadcast_shape(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the sum of two tensors that broadcast."""
-    if one == other:
-        return one
-    padded = [(1,) * (max(len(one), len(other)) - len(shape)) + shape for shape in (one, other)]
-    return tuple(b if a == 1 else a for a, b in zip(*padded, strict=True))
-
-
-def broadcast_factor(shape: tuple[int, ...], target: tuple[int, ...]) -> float:
-    """How often each element of a tensor of `shape` enters a sum of shape `target`, for sums over the join."""
-    return math.prod(target) / max(math.prod(shape), 1)

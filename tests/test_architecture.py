@@ -17,6 +17,7 @@ LEVELS = [
         "records",
         "schema",
         "wording",
+        "shapes",
         "headline",
         "sublayers models",
         "corpus",

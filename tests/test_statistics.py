@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradflow import compiled
+from gradflow import compiled, shapes
 from gradflow import statistics as s
 
 
@@ -194,8 +194,8 @@ def test_scale_permutation_and_parts(values, factor, parts, random):
 
 def test_shapes_broadcast_as_numpy_says():
     for one, other in [((3, 1), (4,)), ((2, 3), (2, 3)), ((1,), (5, 6)), ((), (2,))]:
-        assert s.broadcast_shape(one, other) == np.broadcast_shapes(one, other)
-    assert s.broadcast_factor((3, 1), (2, 3, 4)) == 8
+        assert shapes.broadcast(one, other) == np.broadcast_shapes(one, other)
+    assert shapes.broadcast_factor((3, 1), (2, 3, 4)) == 8
 
 
 @pytest.mark.parametrize("value", [3e38, 1e30, math.inf, math.nan, 1e-30])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from gradflow import geometry, statistics
+from gradflow.shapes import broadcast, broadcast_factor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +92,7 @@ class JoinTaps:
         enter a larger sum (a partial sum of a join with several branches).
         """
         x, y = (operand.detach() for operand in operands)
-        shape = statistics.broadcast_shape(tuple(x.shape), tuple(y.shape))
+        shape = broadcast(tuple(x.shape), tuple(y.shape))
         entry = Sum(addition, shape, nodes[numbers[0]].channel_dim)
         kept = (x.clone() if inplace and keep else x, y) if keep else (None, None)
         entry.leaves = [
@@ -109,7 +110,7 @@ class JoinTaps:
         if earlier is not None and earlier.shape == entry.shape and earlier.channel_dim == entry.channel_dim:
             sample = earlier.sample  # the stream is measured where it is made
         square = self.squares[node] if node in self.squares else statistics.sum_squares(value)
-        square = square * statistics.broadcast_factor(tuple(value.shape), entry.shape)
+        square = square * broadcast_factor(tuple(value.shape), entry.shape)
         if sample is None:
             whole = value if tuple(value.shape) == entry.shape else value.expand(entry.shape)
             sample = geometry.sample_rows(whole, entry.channel_dim, self.rows)

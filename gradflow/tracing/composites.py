@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+
+from gradflow.shapes import Shape, broadcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,16 +27,8 @@ COMPOSITES = frozenset(PRODUCTS) | {"lerp", "sum"}
 _OPERANDS = (
     "input", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2", "mat", "vec", "vec1", "vec2", "end", "weight",
 )  # fmt: skip
-Shape = tuple[int, ...]
-
-
-def _broadcast(one: Shape, other: Shape) -> Shape:
-    sizes = zip_longest(one[::-1], other[::-1], fillvalue=1)
-    return tuple([q if p == 1 else p for p, q in sizes])[::-1]
-
-
 _SHAPES: dict[str, Callable[[Shape, Shape], Shape]] = {
-    "mul": _broadcast, "div": _broadcast, "mm": lambda a, b: a[:-1] + b[-1:], "bmm": lambda a, b: a[:-1] + b[-1:],
+    "mul": broadcast, "div": broadcast, "mm": lambda a, b: a[:-1] + b[-1:], "bmm": lambda a, b: a[:-1] + b[-1:],
     "mv": lambda a, _: a[:-1], "outer": lambda a, b: a + b,
 }  # fmt: skip
 
@@ -97,7 +90,7 @@ def written_out(
         return Addition(operands, {**detail, "inputs": (-1, 2, (0,), (1,))})
     if name == "lerp":
         *ends, weight = operands
-        weighed = [register.virtual("mul", (x, weight), _broadcast(nodes[x].shape, shapes[2]), {}) for x in ends]
+        weighed = [register.virtual("mul", (x, weight), broadcast(nodes[x].shape, shapes[2]), {}) for x in ends]
         return Addition(tuple(weighed), {**detail, "inputs": (-1, 3, (0,), (1,))})
     added, *multiplied = operands
     product = PRODUCTS[name]
