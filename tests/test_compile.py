@@ -128,6 +128,7 @@ def test_compiled_lightning_module_is_recorded(compiles, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inside the compiler
 def test_default_compiler_is_left_alone(tmp_path):
     seed()
     model = torch.compile(ResidualMLP())
