@@ -102,10 +102,14 @@ SUMS = _load()
 """By dtype; empty where nothing was compiled."""
 
 
+def lies_plain(x: Tensor) -> bool:
+    """Whether the elements of a tensor of reals lie in a CPU's memory in order, as they are."""
+    return x.layout is torch.strided and x.is_cpu and x.is_contiguous() and not x.is_neg() and not x.is_complex()
+
+
 def sums(*tensors: Tensor) -> Sums | None:
-    """What reads these tensors of one dtype as they lie in memory, if that is their elements in order, as they are."""
+    """What reads these tensors of one dtype as they lie in memory, if anything does."""
     for x in tensors:
-        plain = x.layout is torch.strided and x.is_cpu and x.is_contiguous() and not x.is_neg()
-        if not (plain and x.data_ptr()):  # no address: empty, or zeros without memory
+        if not (lies_plain(x) and x.data_ptr()):  # no address: empty, or zeros without memory
             return None
     return SUMS.get(tensors[0].dtype)

@@ -43,11 +43,11 @@ _quiet = np.errstate(all="ignore")  # training that diverges overflows: the figu
 
 
 def measure(flat: Tensor, wanted: Collection[str]) -> dict[str, float]:
-    """`statistics.measure` of a tensor of one axis, without `nonfinite`."""
+    """`statistics.measure` of a tensor of one axis, or whose elements lie in order, without `nonfinite`."""
     if sums := compiled.sums(flat):
         found = dict(zip(compiled.NAMES, sums.measure(flat), strict=True))
         return {name: found[name] for name in wanted}
-    return _in_pieces(flat, wanted)
+    return _in_pieces(flat.view(-1), wanted)
 
 
 def measure_each(flats: Sequence[Tensor], wanted: Collection[str]) -> list[dict[str, float]]:
@@ -89,9 +89,10 @@ def _in_pieces(flat: Tensor, wanted: Collection[str]) -> dict[str, float]:
 
 def _pieces(flat: Tensor) -> Iterator[Values]:
     """The elements in pieces; one is valid until the next is asked for."""
+    flat = flat.detach()
     if flat.dtype in (torch.float32, torch.float64):
         # not `Tensor.numpy`: it forbids the storage's owner to resize it, which sharded training does
-        values = np.from_dlpack(flat.detach())
+        values = np.from_dlpack(flat)
         yield from (values[start : start + PIECE] for start in range(0, values.size, PIECE))
         return
     room = torch.empty(min(WIDENED, flat.numel()), dtype=torch.float32, device="cpu")

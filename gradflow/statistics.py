@@ -53,8 +53,7 @@ def _widened(x: Tensor) -> Tensor:
 
 def _readable(x: Tensor) -> Tensor:
     """The tensor, if its numbers lie in a CPU's memory as they are, else its elements as reals."""
-    lies = x.layout == torch.strided and x.is_contiguous() and not x.is_complex() and not x.is_neg()
-    return x if lies and x.device.type == "cpu" else _flat(_real(x))
+    return x if compiled.lies_plain(x) else _flat(_real(x))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -70,12 +69,7 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     `wanted` holds names among `total` (Σ x), `square` (Σ x²), `largest` (max |x|; NaN if there is one), `zeros`
     (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite; it may bring `largest` along).
     """
-    if sums := compiled.sums(x):
-        known: dict[str, Number] = dict(zip(compiled.NAMES, sums.measure(x), strict=True))
-        if "nonfinite" in wanted:
-            known["nonfinite"] = count_nonfinite(x, known["largest"])
-        return {name: known[name] for name in wanted}
-    flat = _flat(_real(x))
+    flat = _readable(x)
     if flat.device.type == "cpu":
         return _completed(x, flat, wanted, host_sums.measure(flat, _summed(wanted)))
     return _completed(x, flat, wanted, device_sums.measure(flat, [*wanted]))

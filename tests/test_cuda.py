@@ -302,7 +302,7 @@ def test_what_breaks_is_named_with_its_layer_and_direction(how, guard, tmp_path)
     assert "middle" in finding.where
 
 
-def test_figures_do_not_depend_on_the_precision_that_the_training_multiplies_with(tmp_path):
+def test_figures_do_not_depend_on_the_precision_that_the_training_multiplies_with():
     """TF32 has ten bits: of cosines near 1, and of ledgers that add up, nothing would be left."""
     x = torch.randn(64, 256, 384, generator=torch.Generator().manual_seed(0)) + 3
     rows = geometry.sample_rows(x.cuda(), -1, 256)[None]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradflow import statistics
-from gradflow.recorder.hooks import Edge, Hooks, behind_views, inputs_reaching
+from gradflow.recorder.hooks import Edge, Hooks, Use, behind_views, inputs_reaching
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -76,7 +76,7 @@ class JoinGradients:
                 for node, position in ends:
                     self._hooks.returned(node, position, self._collector(number))
 
-    def _collector(self, number: int) -> Callable[[Tensor], None]:
+    def _collector(self, number: int) -> Use:
         def use(gradient: Tensor) -> None:
             known = self._back.get(number)
             self._back[number] = gradient if known is None else statistics.wide(known) + statistics.wide(gradient)

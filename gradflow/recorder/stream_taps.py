@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,18 +14,16 @@ from gradflow.recorder.ledgers import SEPARATOR, Ledgers
 from gradflow.residuals import families
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
     from gradflow.recorder.buffer import Buffer
-    from gradflow.recorder.hooks import Edge, Hooks
+    from gradflow.recorder.hooks import Edge, Hooks, Use
     from gradflow.recorder.join_gradients import JoinGradients
     from gradflow.recorder.join_taps import JoinTaps
     from gradflow.records import Call, Graph, Join, Node, Stream, Structure
     from gradflow.statistics import Number
-
-Use: TypeAlias = "Callable[[Tensor], None]"
 
 _LEARNING_BYTES = 128 * 2**20
 """Row samples kept while it is not yet known which modules make a trunk."""
