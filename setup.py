@@ -5,16 +5,18 @@ import sys
 from setuptools import Extension, setup
 
 FLAGS = {
-    "linux": ["-O3", "-fopenmp", "-fno-trapping-math", "-fno-math-errno"],
+    "linux": ["-O3", "-fopenmp-simd", "-pthread", "-fno-trapping-math", "-fno-math-errno"],
     "darwin": ["-O3", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-Wno-unknown-pragmas"],
 }
-LIBRARIES = {"linux": ["-fopenmp"]}
+LIBRARIES = {"linux": ["-pthread"]}
 
 setup(
     ext_modules=[
         # no use of Python's own interface: one library serves every version, and the compiler needs no headers of it
         Extension(
-            "gradflow._sums", ["gradflow/_sums.c"], py_limited_api=True, optional=True,
+            "gradflow._sums", ["gradflow/_sums.c", "gradflow/_helpers.c"],
+            depends=["gradflow/_helpers.h", "gradflow/_lanes.h"],
+            py_limited_api=True, optional=True,
             extra_compile_args=FLAGS.get(sys.platform, []), extra_link_args=LIBRARIES.get(sys.platform, []),
         )
     ],

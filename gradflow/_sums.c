@@ -2,12 +2,14 @@
  *
  * Every element is widened to double, which is exact, and every sum runs in double. A loop that reads, widens and adds
  * is limited by memory: a statistic more costs next to nothing, and asking for memory ahead of the loop saves a third
- * of the time. Long vectors are shared among the threads of OpenMP, which are PyTorch's own where both use one library;
- * the pieces depend on the length alone, so a sum is the same on any number of threads. No function looks at Python,
- * and none changes the floating-point environment (no -ffast-math, which would flush the caller's subnormal numbers).
+ * of the time. Long vectors are shared among threads; the pieces depend on the length alone, so a sum is the same on any
+ * number of them. No function looks at Python, and none changes the floating-point environment (no -ffast-math, which
+ * would flush the caller's subnormal numbers).
  */
 #include <stdint.h>
 #include <string.h>
+
+#include "_helpers.h"
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
 /* The widest vectors that the machine has, chosen when the library is loaded. */
@@ -31,9 +33,9 @@ enum {
     BLOCK = 256,      /* elements summed at once; as many bytes are asked for, AHEAD of them */
     AHEAD = 8192,
     LINE = 64,
-    SHARED = 1 << 17, /* elements from which on waking the other threads pays */
-    PIECE = 1 << 16,  /* elements that a thread takes at once, more where a vector would be more than PIECES of them */
-    PIECES = 32,
+    SHARED = 1 << 15, /* elements from which on waking the other threads pays */
+    PIECE = 1 << 14,  /* elements that a thread takes at once, more where a vector would be more than PIECES of them */
+    PIECES = 64,
     GROUP = 32,       /* vectors that they are woken for at once */
     FIGURES = 4,
     LARGEST = 2       /* the one among them that is not a sum */
@@ -145,6 +147,94 @@ INLINE void put_aside(void *to, const void *from, size_t bytes) {
         ARRIVED();                                                                                                     \
     }
 
+#define PARTS(name, word, magnitude)                                                                                   \
+    MEASURE(name, word, magnitude)                                                                                     \
+    PAIRWISE(dot, name, word, a * b)                                                                                   \
+    PAIRWISE(distance, name, word, (a - b) * (a - b))                                                                  \
+    COPY(name, word)
+
+PARTS(f32, uint32_t, 0x7fffffffu)
+PARTS(f64, uint64_t, 0x7fffffffffffffffu)
+PARTS(bf16, uint16_t, 0x7fff)
+PARTS(f16, uint16_t, 0x7fff)
+
+/* Where the processor has vectors of 512 or of 256 bits, asked when the library is loaded: _lanes.h. */
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <immintrin.h>
+
+#define LANES 8
+#define OF(name) name##_512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define Doubles __m512d
+#define Words __m512i
+TARGET INLINE __m512i bits_f32_512(const uint32_t *x) { return _mm512_loadu_si512(x); }
+TARGET INLINE __m512i bits_f16_512(const uint16_t *x) {
+    return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)));
+}
+TARGET INLINE __m512i bits_bf16_512(const uint16_t *x) {
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+}
+TARGET INLINE __m512d widen_f32_512(const uint32_t *x) { return _mm512_cvtps_pd(_mm256_loadu_ps((const float *)x)); }
+TARGET INLINE __m512d widen_f16_512(const uint16_t *x) {
+    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)));
+}
+TARGET INLINE __m512d widen_bf16_512(const uint16_t *x) {
+    __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(bits));
+}
+TARGET INLINE __m512i magnitudes_512(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi32(0x7fffffff)); }
+TARGET INLINE __m512i larger_512(__m512i a, __m512i b) { return _mm512_max_epu32(a, b); }
+TARGET INLINE __m512i count_zeros_512(__m512i count, __m512i x) {
+    return _mm512_mask_sub_epi32(count, _mm512_testn_epi32_mask(x, x), count, _mm512_set1_epi32(-1));
+}
+#include "_lanes.h"
+#undef LANES
+#undef OF
+#undef TARGET
+#undef Doubles
+#undef Words
+
+#define LANES 4
+#define OF(name) name##_256
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define Doubles __m256d
+#define Words __m256i
+TARGET INLINE __m256i bits_f32_256(const uint32_t *x) { return _mm256_loadu_si256((const __m256i *)x); }
+TARGET INLINE __m256i bits_f16_256(const uint16_t *x) {
+    return _mm256_castps_si256(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)));
+}
+TARGET INLINE __m256i bits_bf16_256(const uint16_t *x) {
+    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
+}
+TARGET INLINE __m256d widen_f32_256(const uint32_t *x) { return _mm256_cvtps_pd(_mm_loadu_ps((const float *)x)); }
+TARGET INLINE __m256d widen_f16_256(const uint16_t *x) {
+    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)x)));
+}
+TARGET INLINE __m256d widen_bf16_256(const uint16_t *x) {
+    __m128i bits = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)x)), 16);
+    return _mm256_cvtps_pd(_mm_castsi128_ps(bits));
+}
+TARGET INLINE __m256i magnitudes_256(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi32(0x7fffffff)); }
+TARGET INLINE __m256i larger_256(__m256i a, __m256i b) { return _mm256_max_epu32(a, b); }
+TARGET INLINE __m256i count_zeros_256(__m256i count, __m256i x) {
+    return _mm256_sub_epi32(count, _mm256_cmpeq_epi32(x, _mm256_setzero_si256()));
+}
+#include "_lanes.h"
+
+static int vector_bits;
+__attribute__((constructor)) static void look_at_processor(void) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return; /* who has them has f16c */
+    int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    vector_bits = wide ? 512 : 256;
+}
+#define BEST(part) (vector_bits == 512 ? part##_512 : vector_bits ? part##_256 : part)
+#else
+#define BEST(part) part
+#endif
+#define PLAIN(part) part
+
 typedef void part_function(void *, const void *, int64_t, double *);
 
 static int64_t piece_of(int64_t n) {
@@ -152,70 +242,80 @@ static int64_t piece_of(int64_t n) {
     return least < PIECE ? PIECE : least;
 }
 
-/* Up to GROUP vectors of elements of `size` bytes. The sum of one is that of its pieces, in their order. */
-static void group(part_function *part, int64_t size, char *const *x, char *const *y, const int64_t *n, int64_t k,
-                  double *found) {
+/* Vectors of elements of `size` bytes, cut into pieces: vector i begins with the piece first[i]. */
+struct vectors {
+    part_function *part;
+    int64_t size;
+    char *const *x, *const *y;
+    const int64_t *n;
+    int64_t first[GROUP + 1];
     double figures[GROUP * PIECES][FIGURES];
-    int64_t total = 0, pieces = 0, first[GROUP + 1] = {0};
+};
+
+static void read_piece(void *context, int64_t piece) {
+    struct vectors *v = context;
+    int64_t i = 0;
+    while (v->first[i + 1] <= piece) i++;
+    int64_t step = piece_of(v->n[i]), start = (piece - v->first[i]) * step;
+    int64_t count = v->n[i] - start < step ? v->n[i] - start : step;
+    v->part(v->x[i] + start * v->size, v->y ? v->y[i] + start * v->size : NULL, count, v->figures[piece]);
+}
+
+/* Up to GROUP vectors. The sum of one is that of its pieces, in their order. */
+static void group(part_function *part, int64_t size, char *const *x, char *const *y, const int64_t *n, int64_t k,
+                  int64_t threads, double *found) {
+    struct vectors v; /* of its figures only those of pieces that there are */
+    int64_t total = 0, *first = v.first;
+    v.part = part, v.size = size, v.x = x, v.y = y, v.n = n;
+    *first = 0;
     for (int64_t i = 0; i < k; i++) {
         total += n[i];
-        pieces += (n[i] + piece_of(n[i]) - 1) / piece_of(n[i]);
-        first[i + 1] = pieces;
+        first[i + 1] = first[i] + (n[i] + piece_of(n[i]) - 1) / piece_of(n[i]);
     }
-    memset(figures, 0, (size_t)pieces * sizeof *figures);
-#pragma omp parallel for schedule(dynamic, 2) if (total >= SHARED)
-    for (int64_t piece = 0; piece < pieces; piece++) {
-        int64_t i = 0;
-        while (first[i + 1] <= piece) i++;
-        int64_t step = piece_of(n[i]), start = (piece - first[i]) * step;
-        int64_t count = n[i] - start < step ? n[i] - start : step;
-        part(x[i] + start * size, y ? y[i] + start * size : NULL, count, figures[piece]);
-    }
+    memset(v.figures, 0, (size_t)first[k] * sizeof *v.figures);
+    share_out(read_piece, &v, first[k], total < SHARED ? 1 : threads);
     for (int64_t i = 0; i < k; i++)
         for (int64_t piece = first[i]; piece < first[i + 1]; piece++) {
-            double *sums = found + i * FIGURES, largest = figures[piece][LARGEST];
+            double *sums = found + i * FIGURES, largest = v.figures[piece][LARGEST];
             for (int j = 0; j < FIGURES; j++)
-                if (j != LARGEST) sums[j] += figures[piece][j];
+                if (j != LARGEST) sums[j] += v.figures[piece][j];
             if (largest > sums[LARGEST] || largest != largest) sums[LARGEST] = largest; /* no number is above NaN */
         }
 }
 
 static void each(part_function *part, int64_t size, char *const *x, char *const *y, const int64_t *n, int64_t k,
-                 double *found) {
+                 int64_t threads, double *found) {
     memset(found, 0, (size_t)k * FIGURES * sizeof *found);
     if (k == 1 && *n <= piece_of(*n)) {
         part(*x, y ? *y : NULL, *n, found);
         return;
     }
     for (int64_t i = 0; i < k; i += GROUP)
-        group(part, size, x + i, y ? y + i : NULL, n + i, k - i < GROUP ? k - i : GROUP, found + i * FIGURES);
+        group(part, size, x + i, y ? y + i : NULL, n + i, k - i < GROUP ? k - i : GROUP, threads, found + i * FIGURES);
 }
 
 /* One vector, or pair of vectors. */
-#define ONE(what, name, word)                                                                                          \
-    PUBLIC void what##_##name(void *one, void *other, int64_t n, double *found) {                                      \
+#define ONE(what, name, word, which)                                                                                   \
+    PUBLIC void what##_##name(void *one, void *other, int64_t n, int64_t threads, double *found) {                     \
         char *x = one, *y = other;                                                                                     \
-        each(what##_part_##name, sizeof(word), &x, y ? &y : NULL, &n, 1, found);                                       \
+        each(which(what##_part_##name), sizeof(word), &x, y ? &y : NULL, &n, 1, threads, found);                       \
     }
 
 /* Several at once. */
-#define EACH(what, name, word)                                                                                         \
-    PUBLIC void what##_each_##name(char *const *x, char *const *y, const int64_t *n, int64_t k, double *found) {       \
-        each(what##_part_##name, sizeof(word), x, y, n, k, found);                                                     \
+#define EACH(what, name, word, which)                                                                                  \
+    PUBLIC void what##_each_##name(char *const *x, char *const *y, const int64_t *n, int64_t k, int64_t threads,       \
+                                   double *found) {                                                                    \
+        each(which(what##_part_##name), sizeof(word), x, y, n, k, threads, found);                                     \
     }
 
-#define ALL(name, word, magnitude)                                                                                     \
-    MEASURE(name, word, magnitude)                                                                                     \
-    PAIRWISE(dot, name, word, a * b)                                                                                   \
-    PAIRWISE(distance, name, word, (a - b) * (a - b))                                                                  \
-    COPY(name, word)                                                                                                   \
-    ONE(measure, name, word)                                                                                           \
-    ONE(dot, name, word)                                                                                               \
-    EACH(measure, name, word)                                                                                          \
-    EACH(distance, name, word)                                                                                         \
-    EACH(copy, name, word)
+#define ALL(name, word, which)                                                                                         \
+    ONE(measure, name, word, which)                                                                                    \
+    ONE(dot, name, word, which)                                                                                        \
+    EACH(measure, name, word, which)                                                                                   \
+    EACH(distance, name, word, which)                                                                                  \
+    EACH(copy, name, word, which)
 
-ALL(f32, uint32_t, 0x7fffffffu)
-ALL(f64, uint64_t, 0x7fffffffffffffffu)
-ALL(bf16, uint16_t, 0x7fff)
-ALL(f16, uint16_t, 0x7fff)
+ALL(f32, uint32_t, BEST)
+ALL(f64, uint64_t, PLAIN)
+ALL(bf16, uint16_t, BEST)
+ALL(f16, uint16_t, BEST)

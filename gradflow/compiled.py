@@ -1,6 +1,7 @@
 """The sums of `_sums.c`, if they could be compiled where gradflow was installed; they need no compiler to run.
 
-They read a tensor once, widen every element to float64, which is exact, and do not hold the interpreter's lock.
+They read a tensor once, on as many threads as PyTorch's operations use, widen every element to float64, which is exact,
+and do not hold the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Figures = ctypes.Array[c_double]
-    Function = Callable[[int, int | None, int, Figures], None]
+    Function = Callable[[int, int | None, int, int, Figures], None]
     Addresses = ctypes.Array[c_void_p]
-    EachFunction = Callable[[Addresses, Addresses | None, ctypes.Array[c_int64], int, Figures], None]
+    EachFunction = Callable[[Addresses, Addresses | None, ctypes.Array[c_int64], int, int, Figures], None]
 
 NAMES = ("total", "square", "largest", "zeros")
 _OF_ONE = ("measure", "dot")
@@ -42,13 +43,13 @@ class Sums(NamedTuple):
     def measure(self, x: Tensor) -> tuple[float, ...]:
         """Σ x, Σ x², max |x| (NaN if there is one) and the number of zeros: `NAMES`."""
         found = _Figures()
-        self.of_one(x.data_ptr(), None, x.numel(), found)
+        self.of_one(x.data_ptr(), None, x.numel(), torch.get_num_threads(), found)
         return tuple(found)
 
     def dot(self, x: Tensor, y: Tensor) -> float:
         """Σ x·y."""
         found = _Figures()
-        self.of_products(x.data_ptr(), y.data_ptr(), x.numel(), found)
+        self.of_products(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads(), found)
         return found[0]
 
     def measure_each(self, tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
@@ -70,7 +71,7 @@ def _each(function: EachFunction, ones: Sequence[Tensor], others: Sequence[Tenso
     found = (c_double * (count * len(NAMES)))()
     sizes = (c_int64 * count)(*(x.numel() for x in ones))
     behind = addresses(*(y.data_ptr() for y in others)) if others else None
-    function(addresses(*(x.data_ptr() for x in ones)), behind, sizes, count, found)
+    function(addresses(*(x.data_ptr() for x in ones)), behind, sizes, count, torch.get_num_threads(), found)
     return [tuple(found[i : i + len(NAMES)]) for i in range(0, len(found), len(NAMES))]
 
 
@@ -86,14 +87,14 @@ def _load() -> dict[torch.dtype, Sums]:
             dtype: [[getattr(library, f"{what}_{name}") for what in names] for names in (_OF_ONE, _OF_EACH)]
             for dtype, name in _DTYPES.items()
         }
-    except (OSError, AttributeError):  # built for another system, without its OpenMP, or of another version
+    except (OSError, AttributeError):  # built for another system, or of another version
         return {}  # numpy is as right
+    addresses, counts, figures = POINTER(c_void_p), POINTER(c_int64), POINTER(c_double)
     for dtype, (one, each) in functions.items():
         for function in one:
-            function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, POINTER(c_double)), None
+            function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, c_int64, figures), None
         for function in each:
-            function.argtypes = (POINTER(c_void_p), POINTER(c_void_p), POINTER(c_int64), c_int64, POINTER(c_double))
-            function.restype = None
+            function.argtypes, function.restype = (addresses, addresses, counts, c_int64, c_int64, figures), None
         found[dtype] = Sums(*one, *each)
     return found
 

@@ -1,5 +1,8 @@
 """The sums that are compiled where gradflow is installed, against numpy's float64 and exhaustively where that is possible."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -13,7 +16,7 @@ from gradflow import compiled, statistics, threads
 
 pytestmark = pytest.mark.skipif(not compiled.SUMS, reason="gradflow was installed without a C compiler")
 
-SHARED = 2**17
+SHARED = 2**15
 NARROW = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}
 
 
@@ -153,3 +156,90 @@ def test_what_runs_alone_uses_one_thread_and_nobody_else_notices():
         assert elsewhere == [2]
     finally:
         torch.set_num_threads(before)
+
+
+HELP = """
+import os, signal, sys, threading, time
+import torch
+from gradflow import compiled
+torch.set_num_threads({threads})
+sums, x = compiled.SUMS[torch.float32], torch.arange(2.0**21) % 1024
+true = sums.measure(x[: 2**10])[0] * 2**11
+def helpers():
+    return sum(open(f"/proc/self/task/{{task}}/comm").read() == "gradflow\\n" for task in os.listdir("/proc/self/task"))
+"""
+
+
+def alone(code, threads=2, *, processors=None):
+    """What a new process prints."""
+    start = None if processors is None else lambda: os.sched_setaffinity(0, processors)
+    command = [sys.executable, "-W", "error", "-c", HELP.format(threads=threads) + code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, preexec_fn=start)  # noqa: PLW1509
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+needs_threads = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one processor, or not Linux"
+)
+
+
+@needs_threads
+def test_no_more_threads_help_than_pytorch_may_use():
+    code = "print(sums.measure(x)[0] == true, helpers())"
+    assert alone(code, threads=1) == ["True", "0"]
+    assert alone(code, threads=2) == ["True", "1"]
+
+
+@needs_threads
+def test_process_that_may_use_one_processor_reads_alone():
+    assert alone("print(sums.measure(x)[0] == true, helpers())", processors={next(iter(os.sched_getaffinity(0)))}) == ["True", "0"]
+
+
+@needs_threads
+def test_forked_child_gets_helpers_of_its_own():
+    code = """
+sums.measure(x)
+if os.fork() == 0:
+    print("child", helpers(), sums.measure(x)[0] == true, helpers(), flush=True)
+    os._exit(0)
+os.wait()
+print("parent", sums.measure(x)[0] == true, helpers())
+"""
+    assert alone(code) == ["child", "0", "True", "1", "parent", "True", "1"]
+
+
+@needs_threads
+def test_threads_of_the_program_that_read_at_once_all_get_their_own_sums():
+    code = """
+vectors = [x + i for i in range(4)]
+trues = [true + i * x.numel() for i in range(4)]
+wrong = []
+def read(i):
+    for _ in range(300):
+        if sums.measure(vectors[i])[0] != trues[i] or sums.measure(vectors[i][: 2**16])[0] != trues[i] / 2**5:
+            wrong.append(i)
+threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(wrong), helpers())
+"""
+    assert alone(code) == ["0", "1"]
+
+
+@needs_threads
+def test_helpers_leave_signals_to_the_program():
+    code = """
+seen = []
+signal.signal(signal.SIGALRM, lambda *_: seen.append(threading.current_thread() is threading.main_thread()))
+sums.measure(x)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+for _ in range(200):
+    assert sums.measure(x)[0] == true
+time.sleep(0.05)
+signal.setitimer(signal.ITIMER_REAL, 0)
+masks = [line.split()[1] for task in os.listdir("/proc/self/task") if open(f"/proc/self/task/{task}/comm").read() == "gradflow\\n"
+         for line in open(f"/proc/self/task/{task}/status") if line.startswith("SigBlk")]
+print(len(seen) > 10, all(seen), [int(mask, 16) >> signal.SIGALRM - 1 & 1 for mask in masks])
+"""
+    assert alone(code) == ["True", "True", "[1]"]
