@@ -101,6 +101,7 @@ def _passed(
                 value.backward()  # type: ignore[no-untyped-call]
                 step.gradients(None, scaled=False)
             finished = step.finish()
+            step.leeway.close()
         except BaseException:
             step.abandon()
             raise

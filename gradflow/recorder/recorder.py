@@ -236,7 +236,9 @@ class Recorder:
                 self._raise_noted()
                 self._take(finished)
         self.count += trained if current.guard else current.microbatches > 0
-        self._current = None
+        leeway, self._current = current.leeway, None
+        del current
+        leeway.close()
         full = len(self._finished) >= FLUSH_STEPS or any(step.guard for step in self._finished)
         due = full or time.monotonic() - self._flushed_at > FLUSH_SECONDS
         if self._finished and due:

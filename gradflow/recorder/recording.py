@@ -187,11 +187,11 @@ class StepInProgress:
                 on_backward=self._seen_backward, after_backward=self._seen_gradients, tape=tape,
             )  # fmt: skip
         self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
-        self._leeway = Leeway()
+        self.leeway = Leeway()
 
     def start(self, learning_rate: Any) -> None:
         """Measure the weights, and begin to watch."""
-        self._leeway.open(sum(1 for _ in self._model.modules()))
+        self.leeway.open(sum(1 for _ in self._model.modules()))
         with undisturbed():
             self._parameters.start()
             if learning_rate is not None:
@@ -298,7 +298,11 @@ class StepInProgress:
             self.microbatches, self._placed = 1, False
 
     def finish(self) -> Finished:
-        """The optimizer has stepped: measure the updates and send everything to the host."""
+        """The optimizer has stepped: measure the updates and send everything to the host.
+
+        `leeway` stays open: who holds the step closes it when the step's records are gone, for what is still there then
+        is what the garbage collector would go through.
+        """
         self.rest()
         structures: list[Structure] = []
         layers: dict[str, Layer] = {}
@@ -311,7 +315,6 @@ class StepInProgress:
             self._parameters.finish()
             self._buffer.put("steps", "", {"loss": self._loss})
             transfer = self._buffer.transfer()
-        self._leeway.close()
         seconds = time.perf_counter() - self._began
         return Finished(
             self.step, transfer, self.microbatches, self._windows, seconds, frozenset(self._scaled), self.guard,
@@ -328,7 +331,7 @@ class StepInProgress:
 
     def abandon(self) -> None:
         """Stop measuring at once; nothing of ours stays on the model."""
-        self._leeway.close()
+        self.leeway.close()
         self.rest()
         self._follow_back(broken=False)
         self._recomputed.close()
