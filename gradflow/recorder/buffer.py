@@ -46,19 +46,23 @@ class Buffer:
 
     def __init__(self) -> None:
         self._piles: dict[torch.device, _Pile] = {}
-        self._host: list[tuple[Key, float]] = []
+        self._host: list[Any] = []  # table, name and values of each row in turn
 
     def put(self, table: str, name: str, values: dict[str, Number | None]) -> None:
-        """Add measured values to a row; None leaves the cell as it is (runs at every measurement)."""
-        for column, value in values.items():
-            if isinstance(value, Tensor):
-                pile = self._piles.get(value.device) or self._piles.setdefault(value.device, _Pile())
-                pile.keys.append((table, name, column))
-                pile.loose.append(value if value.dtype == torch.float64 else _widened(value))
-                if len(pile.loose) >= _PACK_AT:
-                    pile.pack()
-            elif value is not None:
-                self._host.append(((table, name, column), float(value)))
+        """Add measured values to a row, which the caller leaves alone from then on (runs at every measurement).
+
+        None leaves the cell as it is.
+        """
+        tensors = {column: value for column, value in values.items() if isinstance(value, Tensor)}
+        for column, value in tensors.items():
+            pile = self._piles.get(value.device) or self._piles.setdefault(value.device, _Pile())
+            pile.keys.append((table, name, column))
+            pile.loose.append(value if value.dtype == torch.float64 else _widened(value))
+            if len(pile.loose) >= _PACK_AT:
+                pile.pack()
+        if tensors:
+            values = {column: value for column, value in values.items() if column not in tensors}
+        self._host += table, name, values  # flat: a tuple each would be kept, and looked at by the garbage collector
 
     def put_grams(self, table: str, names: list[str], column: str, grams: Tensor) -> None:
         """Add matrices (k, n, n), one a row, whose decomposition is left to the host."""
@@ -106,7 +110,7 @@ class _Shipment:
 class Transfer:
     """A step's figures on their way to the host."""
 
-    def __init__(self, shipments: list[_Shipment], host: list[tuple[Key, float]]) -> None:
+    def __init__(self, shipments: list[_Shipment], host: list[Any]) -> None:
         self._shipments = shipments
         self._host = host
 
@@ -128,8 +132,10 @@ class Transfer:
                 matrices.extend(shipment.host[offset : offset + size].view(shape).unbind(0))
                 offset += size
             grams.extend(zip(shipment.pile.gram_keys, matrices, strict=True))
-        for key, value in self._host:
-            _merge(rows, means, key, value)
+        for table, name, values in zip(*[iter(self._host)] * 3, strict=True):
+            for column, value in values.items():
+                if value is not None:
+                    _merge(rows, means, (table, name, column), float(value))
         return rows, grams
 
 
