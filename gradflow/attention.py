@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradflow import geometry, statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradflow.statistics import Number
 
 QUERIES = 64
 """Queries sampled a head where all logits of the sample are at most `LOGITS`."""
@@ -36,6 +42,7 @@ class Sample:
     queries: Tensor
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, shape: tuple[int, ...], device: torch.device) -> Sample:
         """The sample of attention of `shape` (sequences, heads, queries, keys)."""
         sequences, heads, queries, keys = shape
@@ -64,8 +71,37 @@ def _taken(x: Tensor, axis: int, index: Tensor) -> Tensor:
     return x.narrow(axis, 0, 1) if len(index) == 1 else x.index_select(axis, index)
 
 
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Sampled logits (sequence, head, query, key) as they enter the softmax, and where a key may be attended to.
+
+    `allowed` broadcasts to them; None allows all.
+    """
+
+    values: Tensor
+    allowed: Tensor | None = None
+
+
+def columns(of: Sequence[Logits]) -> list[dict[str, Number]]:
+    """Columns of the `attention` table of several samples, those of one shape together."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, each in enumerate(of):
+        key = (each.values.shape, each.values.dtype, each.values.device, each.allowed is None)
+        groups.setdefault(key, []).append(i)
+    found: dict[int, dict[str, Number]] = {}
+    for places in groups.values():
+        logits = torch.stack([of[i].values for i in places])
+        masks = [mask for i in places if (mask := of[i].allowed) is not None]
+        allowed = masks[0] if masks else None
+        if any(mask is not allowed for mask in masks):
+            allowed = torch.stack([mask.expand(logits.shape[1:]) for mask in masks])
+        figures = {name: statistics.numbers(values) for name, values in attention_columns(logits, allowed).items()}
+        found.update((i, {name: values[at] for name, values in figures.items()}) for at, i in enumerate(places))
+    return [found[i] for i in range(len(of))]
+
+
 def attention_columns(logits: Tensor, allowed: Tensor | None = None) -> dict[str, Tensor]:
-    """Columns of the `attention` table from sampled logits (sequence, head, query, key) as they enter the softmax.
+    """Columns of the `attention` table from sampled logits (..., sequence, head, query, key) → (...).
 
     entropy: mean over heads and queries of −Σ p ln p, nat, from 0 (one key) to ln(keys). entropy_min: the smallest
     mean of one head. logit_max: largest logit among the keys that are not masked. keys: mean number of those. Queries
@@ -81,26 +117,33 @@ def attention_columns(logits: Tensor, allowed: Tensor | None = None) -> dict[str
     none = count == 0
     weights = torch.softmax(shown, -1)
     entropy = (0 - torch.xlogy(weights, weights).sum(-1)).masked_fill(none, 0)
-    by_head, keys, queries = entropy.sum((0, 2)), count.sum(), (~none).sum((0, 2))
-    lowest = (by_head / queries).masked_fill(queries == 0, math.inf).amin()
-    largest, valid = shown.amax(), queries.sum()
+    by_head, keys, queries = entropy.sum((-3, -1)), count.sum((-3, -2, -1)), (~none).sum((-3, -1))
+    lowest = (by_head / queries).masked_fill(queries == 0, math.inf).amin(-1)
+    largest, valid = shown.amax((-4, -3, -2, -1)), queries.sum(-1)
     return {
-        "entropy": by_head.sum() / valid, "entropy_min": lowest.masked_fill(valid == 0, math.nan),
+        "entropy": by_head.sum(-1) / valid, "entropy_min": lowest.masked_fill(valid == 0, math.nan),
         "logit_max": largest.masked_fill(valid == 0, math.nan), "keys": keys.to(logits.dtype) / valid,
     }  # fmt: skip
 
 
+@lru_cache(maxsize=256)
+def _causal(queries: int, taken: int, keys: int, device: torch.device) -> Tensor:
+    """Which keys come no later than each sampled query: (query, key), one tensor for all layers of one shape."""
+    return torch.arange(keys, device=device) <= geometry.spread(queries, taken, device)[:, None]
+
+
 def of_products(
     query: Tensor, key: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
-) -> dict[str, Tensor]:
-    """`attention_columns` of `scaled_dot_product_attention`.
+) -> Logits:
+    """A sample of `scaled_dot_product_attention`.
 
     query (..., head, query, width), key (..., head, key, width) with as many heads or fewer (grouped queries). mask
     broadcasts to (..., query, key): boolean, True where a key may be attended to, or added to the logits.
     """
     query, key = _four(query), _four(key)
-    sample = Sample.of((*query.shape[:3], key.shape[2]), query.device)
-    groups = query.shape[1] // max(key.shape[1], 1)
+    count, heads, length = query.shape[:3]
+    sample = Sample.of((count, heads, length, key.shape[2]), query.device)
+    groups = heads // max(key.shape[1], 1)
     taken = _taken(key, 0, sample.sequences)
     taken = taken.index_select(1, sample.heads // groups) if groups > 1 else _taken(taken, 1, sample.heads)
     rows = statistics.wide(sample.rows(query))
@@ -108,24 +151,24 @@ def of_products(
     logits = rows @ statistics.wide(taken).to(rows.dtype).mT * factor
     allowed = None
     if causal:
-        allowed = torch.arange(key.shape[2], device=key.device) <= sample.queries[:, None]
+        allowed = _causal(length, len(sample.queries), key.shape[2], key.device)
     if mask is not None:
-        shown = sample.rows(_four(mask.detach()).expand(-1, -1, *query.shape[2:3], -1))
+        shown = sample.rows(_four(mask.detach()).expand(-1, -1, length, -1))
         if mask.dtype == torch.bool:
             allowed = shown if allowed is None else shown & allowed
         else:
             logits = logits + shown.to(logits.dtype)
-    return attention_columns(logits, allowed)
+    return Logits(logits, allowed)
 
 
-def of_logits(logits: Tensor) -> dict[str, Tensor]:
-    """`attention_columns` of logits (..., head, query, key) that a softmax over the last axis took."""
+def of_logits(logits: Tensor) -> Logits:
+    """A sample, in memory of its own, of logits (..., head, query, key) that a softmax over the last axis took."""
     logits = _four(logits)
-    return attention_columns(Sample.of(tuple(logits.shape), logits.device).rows(logits))
+    return Logits(Sample.of(tuple(logits.shape), logits.device).rows(logits).clone())
 
 
-def of_projections(call: dict[str, Any]) -> dict[str, Tensor]:
-    """`attention_columns` of `torch.nn.functional.multi_head_attention_forward`, from its arguments by name.
+def of_projections(call: dict[str, Any]) -> Logits:
+    """A sample of `torch.nn.functional.multi_head_attention_forward`, from its arguments by name.
 
     Sampled queries, and the keys of the sampled sequences, are projected again.
     """
@@ -153,7 +196,7 @@ def of_projections(call: dict[str, Any]) -> dict[str, Tensor]:
             allowed = ~shut if allowed is None else allowed & ~shut
         else:
             logits = logits + shut.to(logits.dtype)
-    return attention_columns(logits, allowed)
+    return Logits(logits, allowed)
 
 
 def _projections(call: dict[str, Any], width: int) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:

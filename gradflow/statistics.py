@@ -34,6 +34,11 @@ SATURATED_SIGMOID = 0.03
 """Distance of a sigmoid from 0 or 1 below which a unit counts as saturated: its derivative is below 0.03."""
 
 
+def numbers(x: Tensor) -> list[Number]:
+    """The elements of a vector: plain floats of a CPU's, tensors of any other device's, which nobody waits for."""
+    return x.tolist() if x.device.type == "cpu" else list(x.unbind(0))
+
+
 def wide(x: Tensor) -> Tensor:
     """The tensor as reals in float32, or float64 where it is float64 already; a sparse tensor as its stored values."""
     return _widened(_real(x))

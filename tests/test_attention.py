@@ -207,7 +207,7 @@ def test_long_attention_is_read_from_a_sample(monkeypatch):
 
     x = torch.randn(8, 40, 300, 4).requires_grad_()
     (got,) = gradflow.probe(Long(), x).table("attention").to_pylist()
-    assert sizes == [(1, 32, 16, 300)]
+    assert sizes == [(1, 1, 32, 16, 300)]
     full = oracle.attention_columns(x[:1, :2], x[:1, :2], causal=True)
     assert got["entropy"] == pytest.approx(full["entropy"], rel=0.1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from gradflow.recorder.buffer import Buffer
     from gradflow.records import Node
+    from gradflow.statistics import Number
 
 ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward", "softmax"})
 """Operations that are attention, or may be its softmax."""
@@ -27,8 +29,20 @@ _BETWEEN = families.VIEWS | families.DROPOUT | frozenset({
 })  # fmt: skip
 """What stands between the product of queries and keys and its softmax, or between the softmax and the values."""
 _FARTHEST = 16
+_HELD = 2**22
+"""Logits that are kept until the pass is complete: those of layers of one shape are measured together."""
 _PROJECTIONS = inspect.signature(nn.functional.multi_head_attention_forward)
 _PRODUCT = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call: the softmax that may turn out to be none, and the logits until they are measured."""
+
+    name: str
+    softmax: int | None
+    logits: attention.Logits | None
+    values: dict[str, Number] | None = None
 
 
 class AttentionTaps:
@@ -37,35 +51,49 @@ class AttentionTaps:
     def __init__(self, buffer: Buffer) -> None:
         self._buffer = buffer
         self._seen: Counter[str] = Counter()
-        self._pending: list[tuple[int, str, dict[str, Tensor]]] = []
+        self._calls: list[_Call] = []
+        self._held = 0
 
     def call(
         self, op: str, node: int, nodes: Sequence[Node], args: tuple[Any, ...], kwargs: dict[str, Any], *, grad: bool
     ) -> None:
         """Read a call of one of `ATTENTION`, which made `node` (runs at every one of a sampled step)."""
+        softmax = node if op == "softmax" else None
         if op == "softmax":
-            if _over_last_axis(args, kwargs) and _is_score(nodes, nodes[node].parents[0]):
-                self._pending.append((node, self._name(nodes[node], grad=grad), attention.of_logits(args[0])))
-            return
-        if op == "scaled_dot_product_attention":
-            values = _of_products({**dict(zip(_PRODUCT, args, strict=False)), **kwargs})
+            counts = _over_last_axis(args, kwargs) and _is_score(nodes, nodes[node].parents[0])
+            logits = attention.of_logits(args[0]) if counts else None
+        elif op == "scaled_dot_product_attention":
+            logits = _of_products({**dict(zip(_PRODUCT, args, strict=False)), **kwargs})
         else:
-            values = attention.of_projections(dict(_PROJECTIONS.bind(*args, **kwargs).arguments))
-        if values is not None:
-            self._put(self._name(nodes[node], grad=grad), values)
+            logits = attention.of_projections(dict(_PROJECTIONS.bind(*args, **kwargs).arguments))
+        if logits is None:
+            return
+        self._calls.append(_Call(self._name(nodes[node], grad=grad), softmax, logits))
+        self._held += logits.values.numel()
+        if self._held > _HELD:
+            self._measure()
+
+    def _measure(self) -> None:
+        """Measure the logits that are held, and let go of them."""
+        held = [(call, call.logits) for call in self._calls if call.logits is not None]
+        for (call, _), values in zip(held, attention.columns([logits for _, logits in held]), strict=True):
+            call.values, call.logits = values, None
+        self._held = 0
 
     def finish(self, nodes: Sequence[Node]) -> None:
         """The pass is complete: of the softmaxes, those whose result weights values are attention."""
-        taken = {node for node, _, _ in self._pending}
-        reached = _weights(nodes, taken)
-        for node, name, values in self._pending:
-            if node in reached:
-                self._put(name, values)
-        self._pending.clear()
-        self._seen.clear()
+        self._measure()
+        reached = _weights(nodes, {call.softmax for call in self._calls if call.softmax is not None})
+        for call in self._calls:
+            if call.values is not None and (call.softmax is None or call.softmax in reached):
+                self._buffer.put("attention", call.name, call.values)
+        self.drop()
 
-    def _put(self, name: str, values: dict[str, Tensor]) -> None:
-        self._buffer.put("attention", name, dict(values))
+    def drop(self) -> None:
+        """Forget the calls so far: they were part of no pass."""
+        self._calls.clear()
+        self._seen.clear()
+        self._held = 0
 
     def _name(self, node: Node, *, grad: bool) -> str:
         """The module that calls, with an occurrence where it calls several times in the pass."""
@@ -77,7 +105,7 @@ class AttentionTaps:
         return name if grad else f"{name}@nograd"
 
 
-def _of_products(call: dict[str, Any]) -> dict[str, Tensor] | None:
+def _of_products(call: dict[str, Any]) -> attention.Logits | None:
     query, key, mask = call["query"], call["key"], call.get("attn_mask")
     readable = all(x.layout == torch.strided and x.numel() for x in (query, key))
     if not readable or query.dim() < 2:

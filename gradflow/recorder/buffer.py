@@ -14,6 +14,8 @@ from torch import Tensor
 from gradflow.schema import TABLES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gradflow.statistics import Number
 
 Key = tuple[str, str, str]
@@ -48,7 +50,7 @@ class Buffer:
         self._piles: dict[torch.device, _Pile] = {}
         self._host: list[Any] = []  # table, name and values of each row in turn
 
-    def put(self, table: str, name: str, values: dict[str, Number | None]) -> None:
+    def put(self, table: str, name: str, values: Mapping[str, Number | None]) -> None:
         """Add measured values to a row, which the caller leaves alone from then on (runs at every measurement).
 
         None leaves the cell as it is.

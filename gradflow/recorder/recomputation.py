@@ -31,7 +31,7 @@ class _Gradients(Buffer):
         self._whole = whole
         self._points = points
 
-    def put(self, table: str, name: str, values: dict[str, Number | None]) -> None:
+    def put(self, table: str, name: str, values: Mapping[str, Number | None]) -> None:
         """See `Buffer.put`."""
         kept = {column: value for column, value in values.items() if column.startswith("grad_")}
         if not kept or table not in {"branches", "layers"}:

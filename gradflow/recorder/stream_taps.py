@@ -144,8 +144,9 @@ class StreamTaps:
             columns = {"kurtosis": geometry.kurtosis(samples), "max_over_median": geometry.max_over_median(samples)}
             if group[0][2]:
                 columns["token_cosine"] = geometry.token_cosine(samples)
+            figures = {column: statistics.numbers(values) for column, values in columns.items()}
             for i, name in enumerate(names):
-                self._buffer.put("streams", name, {column: values[i] for column, values in columns.items()})
+                self._buffer.put("streams", name, {column: values[i] for column, values in figures.items()})
             self._buffer.put_grams("streams", names, "effective_rank", geometry.gram(_rank_rows(samples)))
 
 

@@ -212,6 +212,8 @@ class Taps:
         edges = self.tracer.edges
         graph = self.tracer.take()
         if not graph.nodes or (self.structures and not graph.calls):  # what runs behind a backward is no pass
+            if self.attention is not None:
+                self.attention.drop()
             self._new_pass()
             return
         if self.attention is not None:
