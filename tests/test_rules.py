@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zoo.healthy import HEALTHY
 from zoo.judging import alarms as alarms_of
+from zoo.sick_training import ACTIVATIONS
 from zoo.small import SMALL
 from zoo.training import train
 
@@ -112,6 +113,12 @@ def with_column(run, name, column, change):
     array = pa.array(values, pa.float64(), mask=np.isnan(values)) if kind != pa.float64() else pa.array(values)
     tables = {t: run.table(t).select([c.name for c in schema.TABLES[t]]) for t in schema.TABLES}
     return Run(run.meta, {**tables, name: table.set_column(index, column, array.cast(kind))})
+
+
+def until(run, step):
+    """The run as it was after a step."""
+    tables = {t: run.table(t).select([c.name for c in schema.TABLES[t]]) for t in schema.TABLES}
+    return Run(run.meta, {t: table.filter(pc.less_equal(table["step"], step)) for t, table in tables.items()})
 
 
 def codes(run):
@@ -347,6 +354,46 @@ def test_attention_rules_find_one_hot_heads_and_runaway_logits():
     assert [(f.code, f.severity) for f in absurd] == [("attention-logit-growth", "error")]
 
 
+def dying(share, loss, *, last, start=0.1):
+    """A run on 48 positions a step that turned a share of one layer's units off, by its loss as a function of the step."""
+
+    def off(values, steps):
+        values = values.copy()
+        values[:, 7] = np.round(1536 * np.where(steps[:, 0] < 8, start, share))
+        return values
+
+    run = with_column(runs.prenorm(last=last, every=10), "layers", "dead_units", off)
+    few = with_column(run, "layers", "n", lambda v, s: np.full_like(v, 48 * 1536))
+    return with_column(few, "steps", "loss", lambda v, s: loss(s))
+
+
+@pytest.mark.parametrize(
+    ("last", "loss", "severity"),
+    [
+        (40, lambda s: 1 - s / 100, "info"),
+        (40, lambda s: np.full(s.shape, 0.9), "warning"),
+        (40, lambda s: 1 - s / 100 + 0.3 * (-1.0) ** np.arange(len(s))[:, None], "warning"),
+        (40, lambda s: 1 + 9 * (s == 1), "warning"),
+        (400, lambda s: 1 - s / 2000, "warning"),
+        (400, lambda s: 1 - s / 800, "info"),
+        (1000, lambda s: 1 - s / 2500, "warning"),
+        (1000, lambda s: 1 - s / 1500, "info"),
+    ],
+    ids=["falls", "stuck", "jitters", "back from a blow-up", "falls too slowly", "falls in time", "has not halved", "has halved"],
+)
+def test_units_that_training_turned_off_are_a_note_while_it_learns(last, loss, severity):
+    (finding,) = [f for f in diagnose(dying(0.5, loss, last=last)) if f.code == "dead-units"]
+    assert finding.severity == severity
+    assert finding.confidence == "low"
+    assert finding.remedy.startswith("Nothing, unless the loss stops falling: lower the") == (severity == "info")
+
+
+@pytest.mark.parametrize(("share", "start", "severity"), [(0.9, 0.1, "error"), (0.75, 0.7, "warning")])
+def test_nearly_all_units_off_or_off_from_the_start_are_an_alarm_though_the_loss_falls(share, start, severity):
+    run = dying(share, lambda s: 1 - s / 100, last=40, start=start)
+    assert [f.severity for f in diagnose(run) if f.code == "dead-units"] == [severity]
+
+
 # --- broken numbers ---------------------------------------------------------------------------------------------------
 
 
@@ -512,13 +559,18 @@ def test_a_thousand_branches_over_five_hundred_steps_are_judged_in_seconds():
     assert time.perf_counter() - start < 10
 
 
-@pytest.mark.parametrize("name", split(HEALTHY, ["mlp-he-momentum", "residual-rezero", "text-encoder-pre"]))
+@pytest.mark.parametrize("name", split(HEALTHY, ["mlp-he-momentum", "residual-rezero", "text-encoder-pre", "autoencoder-relu"]))
 def test_healthy_training_raises_no_alarm_at_any_step_of_the_way(name):
     run, _ = train(f"healthy/{name}", HEALTHY[name])
     for step in run.steps:
-        tables = {t: run.table(t).select([c.name for c in schema.TABLES[t]]) for t in schema.TABLES}
-        so_far = Run(run.meta, {t: table.filter(pc.less_equal(table["step"], step)) for t, table in tables.items()})
-        assert alarms(so_far) == [], step
+        assert alarms(until(run, step)) == [], step
+
+
+def test_units_that_the_first_steps_kill_are_an_alarm_from_the_fourth_sampled_step_on():
+    case = ACTIVATIONS["dying-by-rate"]
+    run, _ = train("sick/dying-by-rate", case.setup, case.proof)
+    for step in run.steps[3:]:
+        assert "dead-units" in codes(until(run, step)), step
 
 
 def test_branches_that_drown_after_a_dominant_one_are_its_consequence_and_those_before_are_not():

@@ -195,7 +195,9 @@ def too_small(view: View) -> list[Finding]:
     """Find runs whose matrices hardly move while the loss does not fall."""
     grid = view.grid("parameters")
     matrices = matrices_of(view)
-    if not matrices.any() or grid.steps[-1] < WARM * (2 if _warming(view) else 1) or _learns(view):
+    if not matrices.any() or grid.steps[-1] < WARM * (2 if _warming(view) else 1):
+        return []
+    if view.loss_fall is None or view.falls(0.01):
         return []
     typical = _typical(grid["update_ratio"], matrices)
     late = grid.steps >= WARM
@@ -240,11 +242,6 @@ def _warming(view: View) -> bool:
     rate = view.series("learning_rate")
     rate = rate[np.isfinite(rate)]
     return len(rate) > 1 and bool(rate[-1] > rate[len(rate) // 2])
-
-
-def _learns(view: View) -> bool:
-    """Whether the loss fell, by more than a per cent and than two medians differ by when it only jitters."""
-    return view.loss_fall is None or view.loss_fall > max(0.01, 2 * view.loss_jitter)
 
 
 TOO_LARGE: Rule = Rule(

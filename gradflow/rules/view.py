@@ -194,6 +194,10 @@ class View:
         """Mean change of the loss from one sampled step to the next, over its early level."""
         return float(np.mean(np.abs(np.diff(self._losses)))) / max(abs(self._early), 1e-12)
 
+    def falls(self, least: float) -> bool:
+        """Whether the loss fell by more than `least`, and than two medians differ by when it only jitters."""
+        return self.loss_fall is not None and self.loss_fall > max(least, 2 * self.loss_jitter)
+
     @cached_property
     def _losses(self) -> Floats:
         loss = self.series("loss")
