@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     Figures = ctypes.Array[c_double]
     Function = Callable[[int, int | None, int, int, Figures], None]
     Addresses = ctypes.Array[c_void_p]
-    EachFunction = Callable[[Addresses, Addresses | None, ctypes.Array[c_int64], int, int, Figures], None]
+    Counts = ctypes.Array[c_int64]
+    EachFunction = Callable[[Addresses, Addresses | None, Counts, int, int, Figures], None]
+    RowsFunction = Callable[[int, Counts, int, int, int, int], None]
 
+_EDITION = 2
+"""What `_sums.c` says of itself where it was built from the same sources as this."""
 NAMES = ("total", "square", "largest", "zeros")
 _OF_ONE = ("measure", "dot")
 _OF_EACH = ("measure_each", "distance_each", "copy_each")
@@ -39,12 +43,13 @@ class Sums(NamedTuple):
     of_each: EachFunction
     of_each_squared_differences: EachFunction
     of_each_copied_squares: EachFunction
+    of_rows: RowsFunction
 
     def measure(self, x: Tensor) -> tuple[float, ...]:
         """Σ x, Σ x², max |x| (NaN if there is one) and the number of zeros: `NAMES`."""
         found = _Figures()
         self.of_one(x.data_ptr(), None, x.numel(), torch.get_num_threads(), found)
-        return tuple(found)
+        return tuple(found[:])
 
     def dot(self, x: Tensor, y: Tensor) -> float:
         """Σ x·y."""
@@ -63,6 +68,17 @@ class Sums(NamedTuple):
     def copy_each(self, rooms: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[float]:
         """Copies each tensor to its room, and Σ x²."""
         return [found[0] for found in _each(self.of_each_copied_squares, rooms, tensors)]
+
+    def take_rows(self, x: Tensor, rows: Counts, room: Tensor) -> Tensor:
+        """Copies rows of x, as long as the last axis of `room`, by their numbers to a `room` for them."""
+        size = room.shape[-1] * x.element_size()
+        self.of_rows(x.data_ptr(), rows, len(rows), size, torch.get_num_threads(), room.data_ptr())
+        return room
+
+
+def counts(numbers: Sequence[int]) -> Counts:
+    """Whole numbers as the compiled functions read them."""
+    return (c_int64 * len(numbers))(*numbers)
 
 
 def _each(function: EachFunction, ones: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[tuple[float, ...]]:
@@ -83,19 +99,23 @@ def _load() -> dict[torch.dtype, Sums]:
     found = {}
     try:
         library = ctypes.CDLL(str(built[0]))
+        if c_int64.in_dll(library, "edition").value != _EDITION:
+            return {}
+        rows = library.take_rows
         functions = {
             dtype: [[getattr(library, f"{what}_{name}") for what in names] for names in (_OF_ONE, _OF_EACH)]
             for dtype, name in _DTYPES.items()
         }
-    except (OSError, AttributeError):  # built for another system, or of another version
+    except (OSError, AttributeError, ValueError):  # built for another system, or from other sources
         return {}  # numpy is as right
-    addresses, counts, figures = POINTER(c_void_p), POINTER(c_int64), POINTER(c_double)
+    addresses, numbers, figures = POINTER(c_void_p), POINTER(c_int64), POINTER(c_double)
+    rows.argtypes, rows.restype = (c_void_p, numbers, c_int64, c_int64, c_int64, c_void_p), None
     for dtype, (one, each) in functions.items():
         for function in one:
             function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, c_int64, figures), None
         for function in each:
-            function.argtypes, function.restype = (addresses, addresses, counts, c_int64, c_int64, figures), None
-        found[dtype] = Sums(*one, *each)
+            function.argtypes, function.restype = (addresses, addresses, numbers, c_int64, c_int64, figures), None
+        found[dtype] = Sums._make([*one, *each, rows])
     return found
 
 

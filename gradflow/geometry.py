@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradflow import device_sums, statistics, threads
+from gradflow import compiled, device_sums, statistics, threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +40,12 @@ def sample_rows(x: Tensor, channel_dim: int, rows: int) -> Tensor | None:
     if x.numel() == 0 or x.dim() == 0:
         return None
     x = x.detach()
+    if channel_dim % x.dim() == x.dim() - 1 and (sums := compiled.sums(x)):
+        width = x.shape[-1]
+        sequences = x.shape[0] if x.dim() > 2 else 1
+        places, shape = _places(sequences, x.numel() // (sequences * width), rows)
+        room = torch.empty((*shape, width), dtype=x.dtype, device="cpu")
+        return statistics.wide(sums.take_rows(x, places, room))
     if x.dim() <= 2:
         x = x.reshape(1, -1, x.shape[-1])
     else:
@@ -47,12 +53,26 @@ def sample_rows(x: Tensor, channel_dim: int, rows: int) -> Tensor | None:
             x = x.movedim(channel_dim, -1)
         if x.dim() > 3:
             x = x.flatten(1, -2)
-    sequences, positions = x.shape[0], x.shape[1]
-    if sequences * positions <= rows:
+    most, take = _extent(x.shape[0], x.shape[1], rows)
+    if (most, take) == x.shape[:2]:
         return statistics.wide(x.clone())
+    return statistics.wide(x[:most].index_select(1, spread(x.shape[1], take, x.device)))
+
+
+def _extent(sequences: int, positions: int, rows: int) -> tuple[int, int]:
+    """Sequences in a sample of so many rows, and positions of each."""
+    if sequences * positions <= rows:
+        return sequences, positions
     take = min(positions, max(rows // sequences, min(_FEWEST_POSITIONS, rows)))
-    most = max(rows // take, 1)
-    return statistics.wide((x[:most] if sequences > most else x).index_select(1, spread(positions, take, x.device)))
+    return min(sequences, max(rows // take, 1)), take
+
+
+@lru_cache(maxsize=256)
+def _places(sequences: int, positions: int, rows: int) -> tuple[compiled.Counts, tuple[int, int]]:
+    """Numbers of a sample's rows among all positions of all sequences, and how they stand."""
+    most, take = _extent(sequences, positions, rows)
+    each = spread(positions, take, torch.device("cpu")).tolist()
+    return compiled.counts([i * positions + place for i in range(most) for place in each]), (most, take)
 
 
 def has_tokens(shape: tuple[int, ...]) -> bool:

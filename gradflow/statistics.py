@@ -72,8 +72,13 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     """Several statistics of one tensor in one pass over it.
 
     `wanted` holds names among `total` (Σ x), `square` (Σ x²), `largest` (max |x|; NaN if there is one), `zeros`
-    (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite; it may bring `largest` along).
+    (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite). Others may come along.
     """
+    if sums := compiled.sums(x):
+        found: dict[str, Number] = dict(zip(compiled.NAMES, sums.measure(x), strict=True))
+        if "nonfinite" in wanted:
+            found["nonfinite"] = count_nonfinite(x, found["largest"])
+        return found
     flat = _readable(x)
     if flat.device.type == "cpu":
         return _completed(x, flat, wanted, host_sums.measure(flat, _summed(wanted)))

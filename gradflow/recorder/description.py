@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from gradflow import __version__
 from gradflow.errors import RunError
-from gradflow.recorder.parameter_taps import parameter_names
 from gradflow.records import Branch, Layer, Parameter, Problem, Stream
 from gradflow.store import manifest
 from gradflow.store.storage import open_storage
+from gradflow.tracing.modules import survey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -109,7 +109,7 @@ def _parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Param
     }
     return [
         Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad, groups.get(id(p)))
-        for name, p in parameter_names(model).items()
+        for name, p in survey(model).parameters.items()
         if not nn.parameter.is_lazy(p)
     ]
 

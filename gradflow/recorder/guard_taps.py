@@ -23,7 +23,7 @@ from gradflow.recorder.layer_taps import Occurrences, module_layer
 from gradflow.recorder.measurable import measurable
 from gradflow.recorder.origins import Output
 from gradflow.tracing.attachment import Attachment
-from gradflow.tracing.modules import survey, tensors_in
+from gradflow.tracing.modules import tensors_in
 from gradflow.tracing.reentrant import current_backward, follows_gradients
 
 if TYPE_CHECKING:
@@ -60,11 +60,12 @@ class GuardTaps:
     checkpointed = False
 
     def __init__(
-        self, model: nn.Module, buffer: Buffer, *, known: Known, on_error: Callable[[Exception], None],
-        on_backward: Callable[[Tensor | None], None], after_backward: Callable[[], None], tape: Tape | None,
+        self, model: nn.Module, buffer: Buffer, *, known: Known, paths: dict[nn.Module, str],
+        on_error: Callable[[Exception], None], on_backward: Callable[[Tensor | None], None],
+        after_backward: Callable[[], None], tape: Tape | None,
     ) -> None:  # fmt: skip
         self.points: dict[str, str] = {}
-        self._paths, compiled = _useful(model, known)
+        self._paths, compiled = _useful(model, paths, known)
         self.tape = None if compiled else tape
         mode = None if compiled else _Operations(on_backward, after_backward, on_error, tape)
         self.layers = Outputs(buffer, self.tape)
@@ -223,14 +224,13 @@ class _Operations(TorchFunctionMode):
 _backward: Any = Tensor.backward
 
 
-def _useful(model: nn.Module, known: Known) -> tuple[dict[nn.Module, str], bool]:
+def _useful(model: nn.Module, paths: dict[nn.Module, str], known: Known) -> tuple[dict[nn.Module, str], bool]:
     """Modules that are seen, with their paths, and whether any are out of reach, being compiled.
 
     What `torch.compile` wrapped gets its hook on the wrapper, outside of the compiled code; a module that was compiled
     in place (`module.compile()`) has none. Hooks inside a compiled function would be compiled with it, again at every
     step: once that is noticed there are none.
     """
-    paths, _ = survey(model)
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return paths, False

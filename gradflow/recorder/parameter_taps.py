@@ -10,7 +10,6 @@ from torch import nn
 
 from gradflow import statistics
 from gradflow.recorder.measurable import measurable
-from gradflow.tracing.modules import names_by_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping
@@ -24,12 +23,6 @@ if TYPE_CHECKING:
 _COLUMNS = {"square": "grad_sq", "largest": "grad_max", "zeros": "grad_zeros", "nonfinite": "nonfinite"}
 
 
-def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name, the first name for a shared one, without the segments that wrappers add."""
-    names = names_by_identity(model)
-    return {names[id(parameter)][0]: parameter for parameter in model.parameters()}
-
-
 class ParameterTaps:
     """The parameters of one sampled step. Weights are copied at its start (for `updates`): their memory once more.
 
@@ -38,7 +31,7 @@ class ParameterTaps:
     """
 
     def __init__(
-        self, model: nn.Module, buffer: Buffer, *, updates: bool = True,
+        self, parameters: Mapping[str, nn.Parameter], buffer: Buffer, *, updates: bool = True,
         owned: Callable[[nn.Parameter], bool] = lambda _: True, norm_only: bool = False,
         rooms: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
@@ -46,7 +39,7 @@ class ParameterTaps:
         self._rooms = {} if rooms is None else rooms
         self._updates = updates
         self._norm_only = norm_only
-        self._parameters = {n: p for n, p in parameter_names(model).items() if not nn.parameter.is_lazy(p) and owned(p)}
+        self._parameters = {n: p for n, p in parameters.items() if not nn.parameter.is_lazy(p) and owned(p)}
         self._before: dict[str, Tensor] = {}
         self._gradients: dict[str, dict[str, Number | None]] = {}
         self._weights: dict[str, Number] = {}

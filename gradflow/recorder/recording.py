@@ -22,7 +22,7 @@ from gradflow.recorder.parameter_taps import ParameterTaps
 from gradflow.recorder.recomputation import Recomputations
 from gradflow.recorder.taps import Taps
 from gradflow.store.conservation import balances, unbalanced
-from gradflow.tracing.modules import names_by_identity
+from gradflow.tracing.modules import survey
 from gradflow.tracing.tape import Tape
 
 if TYPE_CHECKING:
@@ -170,28 +170,31 @@ class StepInProgress:
         self._model = model
         self._on_error = on_error
         wants_taps = bool(tables & {"branches", "streams", "layers", "attention"})
+        found = survey(model)
         self._parameters = ParameterTaps(
-            model, self._buffer, updates=trains, owned=owned, norm_only=self.guard or "parameters" not in tables,
-            rooms=rooms,
+            found.parameters, self._buffer, updates=trains, owned=owned,
+            norm_only=self.guard or "parameters" not in tables, rooms=rooms,
         )  # fmt: skip
         tape = Tape(on_error) if self._parameters.on_host else None
         self._taps: Taps | GuardTaps | None = None
         if guard is not None:
             self._taps = GuardTaps(
-                model, self._buffer, known=guard, on_error=on_error,
+                model, self._buffer, known=guard, paths=found.paths, on_error=on_error,
                 on_backward=self._seen_backward, after_backward=self._seen_gradients, tape=tape,
             )  # fmt: skip
         elif wants_taps:
             self._taps = Taps(
                 model, self._buffer, plans, rows=rows, tables=tables, on_error=on_error,
                 on_backward=self._seen_backward, after_backward=self._seen_gradients, tape=tape,
+                known=found,
             )  # fmt: skip
         self._recomputed = Recomputations(model, self._buffer, rows=rows, tables=tables, on_error=on_error)
         self.leeway = Leeway()
+        self._modules = len(found.paths)
 
     def start(self, learning_rate: Any) -> None:
         """Measure the weights, and begin to watch."""
-        self.leeway.open(sum(1 for _ in self._model.modules()))
+        self.leeway.open(self._modules)
         with undisturbed():
             self._parameters.start()
             if learning_rate is not None:
@@ -250,7 +253,7 @@ class StepInProgress:
 
     def _owners(self) -> dict[int, str]:
         """Paths of the modules that own parameters and buffers, by identity."""
-        return {at: name.rpartition(".")[0] for at, (name, _) in names_by_identity(self._model).items()}
+        return {at: name.rpartition(".")[0] for at, (name, _) in survey(self._model).names.items()}
 
     def _follow_back(self, *, broken: bool) -> None:
         """Gradients stand: the passes that made them are let go of, or, if some are `broken`, looked at again."""

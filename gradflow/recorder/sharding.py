@@ -52,7 +52,10 @@ def _flat_shards(model: nn.Module) -> dict[int, bool]:
     found: dict[int, bool] = {}
     if fsdp is None:
         return found
+    whole = fsdp.fully_sharded_data_parallel.FullyShardedDataParallel
     for module in model.modules():
+        if not isinstance(module, whole):
+            continue
         handle = getattr(module, "_handle", None)
         flat = getattr(handle, "flat_param", None)
         if flat is None:
@@ -60,7 +63,6 @@ def _flat_shards(model: nn.Module) -> dict[int, bool]:
         replicas = getattr(module, "_inter_node_pg", None)
         sharded = bool(getattr(handle, "uses_sharded_strategy", True))
         first = replicas is None or replicas.rank() == 0
-        whole = fsdp.fully_sharded_data_parallel.FullyShardedDataParallel
-        if isinstance(module, whole) and sharded:
+        if sharded:
             found |= {id(parameter): first for parameter in (flat, *(flat._params or ()))}  # noqa: SLF001
     return found

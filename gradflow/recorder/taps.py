@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gradflow.recorder.buffer import Buffer
     from gradflow.recorder.plans import Plans
     from gradflow.records import Node, Structure
+    from gradflow.tracing.modules import Survey
     from gradflow.tracing.tape import Tape
 
 _when_done = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001  runs when a backward is over
@@ -45,12 +46,12 @@ class Taps:
     def __init__(
         self, model: nn.Module, buffer: Buffer, plans: Plans, *, rows: int, tables: frozenset[str],
         on_error: Callable[[Exception], None], on_backward: Callable[[Tensor | None], None],
-        after_backward: Callable[[], None], tape: Tape | None = None,
+        after_backward: Callable[[], None], tape: Tape | None = None, known: Survey | None = None,
     ) -> None:  # fmt: skip
         self._on_backward = on_backward
         self._after_backward = after_backward
         self.tape = tape
-        self.tracer = Tracer(model, self, tape)
+        self.tracer = Tracer(model, self, tape, known)
         self.hooks = Hooks(on_error)
         self.buffer = buffer
         self.structures: list[Structure] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,39 @@ _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _FLAT = (str, bytes, int, float, nn.Module, type, torch.dtype, torch.device)
 
 
-def survey(model: nn.Module) -> tuple[dict[nn.Module, str], dict[int, tuple[str, bool]]]:
-    """Paths of the modules, and by `id` the name of every parameter and buffer with whether it is a buffer.
+class Survey(NamedTuple):
+    """A model as it stands.
 
-    A path is dotted, the first one for a shared module, without the segments that wrappers add. Left out are wrappers
-    themselves (DDP, compiled, checkpointed, FSDP), which add nothing of their own, and what is inside a scripted
-    module, where Python hooks do not run.
+    Attributes:
+        paths: Paths of the modules: dotted, the first one for a shared module, without the segments that wrappers add.
+            Left out are wrappers themselves (DDP, compiled, checkpointed, FSDP), which add nothing of their own, and
+            what is inside a scripted module, where Python hooks do not run.
+        names: By `id`: the name of every parameter and buffer, and whether it is a buffer.
+        parameters: Parameters by name, the first one for a shared parameter.
     """
+
+    paths: dict[nn.Module, str]
+    names: dict[int, tuple[str, bool]]
+    parameters: dict[str, nn.Parameter]
+
+
+def survey(model: nn.Module) -> Survey:
+    """Walk through the modules of a model."""
     paths: dict[nn.Module, str] = {}
     names: dict[int, tuple[str, bool]] = {}
+    parameters: dict[str, nn.Parameter] = {}
     for module, path, hidden in _walk(model):
         if not hidden:
             paths[module] = path
         prefix = f"{path}." if path else ""
-        for tensors, are_buffers in ((module._parameters, False), (module._buffers, True)):  # noqa: SLF001
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    names.setdefault(id(tensor), (prefix + name, are_buffers))
-    return paths, names
-
-
-def names_by_identity(model: nn.Module) -> dict[int, tuple[str, bool]]:
-    """By `id`: the name of every parameter and buffer, and whether it is a buffer."""
-    return survey(model)[1]
+        for name, parameter in module._parameters.items():  # noqa: SLF001
+            if parameter is not None and id(parameter) not in names:
+                names[id(parameter)] = (prefix + name, False)
+                parameters[prefix + name] = parameter
+        for name, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                names.setdefault(id(buffer), (prefix + name, True))
+    return Survey(paths, names, parameters)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ from gradflow.records import Graph, Node
 from gradflow.tracing.attachment import Attachment
 from gradflow.tracing.composites import COMPOSITES, Addition, ordered, written_out
 from gradflow.tracing.frames import Frames
-from gradflow.tracing.modules import survey, tensors_in
+from gradflow.tracing.modules import Survey, survey, tensors_in
 from gradflow.tracing.operations import Operation, operation
 from gradflow.tracing.reentrant import current_backward
 from gradflow.tracing.register import Register
@@ -48,14 +48,17 @@ class Tracer(TorchFunctionMode):
     `take()` hands out the graph and begins a new pass; `clear()` begins one without building the graph. Operations
     outside every submodule's forward have scope `""` and call -1. Operations and module calls inside a backward pass
     (recomputation, custom backwards) are ignored. Hooks are per module and gone when the mode closes. With a `tape`
-    operations are noted on it as well.
+    operations are noted on it as well. `known` is the model as it stands when the mode first opens.
     """
 
-    def __init__(self, model: nn.Module, observer: Observer | None = None, tape: Tape | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, observer: Observer | None = None, tape: Tape | None = None, known: Survey | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.observer = observer
         self._tape = tape
+        self._known = known
         self._run: Callable[[Any, _Args, _Kwargs], Any] = _run if tape is None else tape.run
         self._watches = _WATCHED if observer is None else _WATCHED | observer.watches
         self._attachment = Attachment(self, self._enter_call, self._exit_call, aside=observer is not None)
@@ -73,9 +76,9 @@ class Tracer(TorchFunctionMode):
     # ---------------------------------------------------------------- opening and closing
 
     def __enter__(self) -> Tracer:  # noqa: PYI034
-        paths, names = survey(self.model)
-        self._names = self._register.names = names
-        self._attachment.open(paths)
+        found, self._known = self._known or survey(self.model), None
+        self._names = self._register.names = found.names
+        self._attachment.open(found.paths)
         return self
 
     def __exit__(
