@@ -39,21 +39,25 @@
         if (bits_of((float)found[LARGEST]) < largest) found[LARGEST] = float_of(largest);                              \
     }
 
-#define PAIRWISE_LANES(what, name, word, term)                                                                         \
-    TARGET static void OF(what##_part_##name)(void *one, const void *other, int64_t n, double *found) {                \
-        const word *restrict x = one, *restrict y = other;                                                             \
-        Doubles sum[4] = {{0}};                                                                                        \
+#define PAIRWISE_LANES(what, name, word, add)                                                                          \
+    TARGET static void OF(what##_part_##name)(void *one, const void *another, int64_t n, double *found) {              \
+        const word *restrict x = one, *restrict y = another;                                                           \
+        Doubles sums[4] = {{0}}, others[4] = {{0}};                                                                    \
         int64_t i = 0;                                                                                                 \
         for (; i + STEP <= n; i += STEP) {                                                                             \
             ask(x + i, STEP * sizeof *x);                                                                              \
             ask(y + i, STEP * sizeof *y);                                                                              \
             for (int j = 0; j < 4; j++) {                                                                              \
                 Doubles a = OF(widen_##name)(x + i + j * LANES), b = OF(widen_##name)(y + i + j * LANES);              \
-                sum[j] += term;                                                                                        \
+                Doubles sum = sums[j], other = others[j];                                                              \
+                add                                                                                                    \
+                sums[j] = sum;                                                                                         \
+                others[j] = other;                                                                                     \
             }                                                                                                          \
         }                                                                                                              \
         what##_part_##name((void *)(x + i), y + i, n - i, found);                                                      \
-        found[0] += OF(total)(sum);                                                                                    \
+        found[0] += OF(total)(sums);                                                                                   \
+        found[1] += OF(total)(others);                                                                                 \
     }
 
 #define COPY_LANES(name, word)                                                                                         \
@@ -85,8 +89,8 @@ TARGET INLINE double OF(total)(const Doubles *of) {
 
 #define ALL_LANES(name, word)                                                                                          \
     MEASURE_LANES(name, word)                                                                                          \
-    PAIRWISE_LANES(dot, name, word, a * b)                                                                             \
-    PAIRWISE_LANES(distance, name, word, (a - b) * (a - b))                                                            \
+    PAIRWISE_LANES(dot, name, word, sum += a * b; other += a * a;)                                                     \
+    PAIRWISE_LANES(distance, name, word, sum += (a - b) * (a - b);)                                                    \
     COPY_LANES(name, word)
 
 ALL_LANES(f32, uint32_t)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     EachFunction = Callable[[Addresses, Addresses | None, Counts, int, int, Figures], None]
     RowsFunction = Callable[[int, Counts, int, int, int, int], None]
 
-_EDITION = 2
+_EDITION = 3
 """What `_sums.c` says of itself where it was built from the same sources as this."""
 NAMES = ("total", "square", "largest", "zeros")
 _OF_ONE = ("measure", "dot")
@@ -51,11 +51,11 @@ class Sums(NamedTuple):
         self.of_one(x.data_ptr(), None, x.numel(), torch.get_num_threads(), found)
         return tuple(found[:])
 
-    def dot(self, x: Tensor, y: Tensor) -> float:
-        """Σ x·y."""
+    def dot(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """Σ x·y and Σ x²."""
         found = _Figures()
         self.of_products(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads(), found)
-        return found[0]
+        return found[0], found[1]
 
     def measure_each(self, tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
         """`measure` of several tensors in one call, which wakes the other threads once."""

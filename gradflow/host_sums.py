@@ -104,7 +104,7 @@ def _pieces(flat: Tensor) -> Iterator[Values]:
 def dot(x: Tensor, y: Tensor) -> float:
     """Σ x·y of two tensors of one axis, one length and one dtype."""
     if sums := compiled.sums(x, y):
-        return sums.dot(x, y)
+        return sums.dot(x, y)[0]
     return sum(_dot(one, other) for one, other in zip(_pieces(x), _pieces(y), strict=True))
 
 

@@ -189,7 +189,7 @@ def _columns(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[int]) -> t
 def dot(x: Tensor, y: Tensor) -> Number:
     """Dot product Σ x·y of two tensors of one shape (broadcast first where they differ)."""
     if x.shape == y.shape and x.dtype == y.dtype and (sums := compiled.sums(x, y)):
-        return sums.dot(x, y)
+        return sums.dot(x, y)[0]
     x, y = _real(x), _real(y)
     if x.shape != y.shape:
         shape = broadcast(tuple(x.shape), tuple(y.shape))
@@ -198,6 +198,13 @@ def dot(x: Tensor, y: Tensor) -> Number:
     if x.device.type == "cpu":
         return host_sums.dot(x, y) if x.dtype == y.dtype else host_sums.dot(x.double(), y.double())
     return device_sums.dot(x, y)
+
+
+def dot_and_square(x: Tensor, y: Tensor) -> tuple[Number, Number]:
+    """Dot product Σ x·y of two tensors (broadcast first where their shapes differ), and Σ x²."""
+    if x.shape == y.shape and x.dtype == y.dtype and (sums := compiled.sums(x, y)):
+        return sums.dot(x, y)
+    return dot(x, y), sum_squares(x)
 
 
 def max_abs(x: Tensor) -> Number:

@@ -44,10 +44,10 @@ def test_any_float32_numbers_are_measured_as_float64_measures_them(values, rando
     with np.errstate(all="ignore"):
         expected = {
             "total": (a.sum(), np.abs(a).sum()), "square": ((a * a).sum(),) * 2,
-            "dot": ((a * b).sum(), np.abs(a * b).sum()), "distance": (((a - b) ** 2).sum(),) * 2,
+            "dot": ((a * b).sum(), np.abs(a * b).sum()), "beside it": ((a * a).sum(),) * 2, "distance": (((a - b) ** 2).sum(),) * 2,
         }  # fmt: skip
     total, square, largest, zeros = sums.measure(x)
-    found = {"total": total, "square": square, "dot": sums.dot(x, y), "distance": sums.distance_each([x], [y])[0]}
+    found = {"total": total, "square": square, "dot": sums.dot(x, y)[0], "beside it": sums.dot(x, y)[1], "distance": sums.distance_each([x], [y])[0]}
     for name, (value, size) in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-13 * size if np.isfinite(size) else 0, err_msg=name)
     np.testing.assert_equal(largest, np.abs(a).max())
@@ -59,7 +59,7 @@ def test_no_element_is_missed_or_read_twice_where_vectors_are_cut(n):
     x = torch.arange(1, n + 1, dtype=torch.float64)
     sums = compiled.SUMS[torch.float64]
     assert sums.measure(x) == (n * (n + 1) / 2, pytest.approx(float((x * x).sum()), rel=1e-14), n, 0)
-    assert sums.dot(x, torch.ones_like(x)) == n * (n + 1) / 2
+    assert sums.dot(torch.ones_like(x), x) == (n * (n + 1) / 2, n)
     assert sums.distance_each([x], [x - 1]) == [n]
     for offset in (1, 2):  # where memory is copied wide, and where it does not stand for that
         room = torch.full((n + 2 * offset,), -1.0, dtype=torch.float64)

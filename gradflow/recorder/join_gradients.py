@@ -99,10 +99,11 @@ class JoinGradients:
         through = _sum(back, range(len(self.join.branches))) if self._closed else _less(gradient, along)
         if through is None:
             self._put(grad_branch_sq=0.0, grad_dot=0.0)
+        elif along is None:
+            self._put(grad_branch_sq=statistics.sum_squares(through))
         else:
-            self._put(grad_branch_sq=self._hooks.square(through))
-            if along is not None:
-                self._put(grad_dot=statistics.dot(along, through))
+            dot, square = statistics.dot_and_square(through, along)
+            self._put(grad_branch_sq=square, grad_dot=dot)
         if self.on_return is not None:
             self.on_return(along, self._parts(gradient, through, back))
 

@@ -63,7 +63,6 @@ class Sum:
     node: int
     shape: tuple[int, ...]
     channel_dim: int
-    call: int = -1
     terms: dict[Place, Term] = field(default_factory=dict)
     leaves: list[Term] = field(default_factory=list)
     dots: dict[frozenset[Place], Number] = field(default_factory=dict)
@@ -78,6 +77,7 @@ class JoinTaps:
         self.rows = rows
         self.sums: dict[int, Sum] = {}
         self.squares: dict[int, Number] = {}  # Σ x² of nodes that were measured already, by whoever did
+        self._holding: dict[int, list[Sum]] = {}  # by the module's call that they ran in: sums that keep operands
 
     # ------------------------------------------------------------------ while the pass runs
 
@@ -95,21 +95,30 @@ class JoinTaps:
         shape = broadcast(tuple(x.shape), tuple(y.shape))
         entry = Sum(addition, shape, nodes[numbers[0]].channel_dim)
         kept = (x.clone() if inplace and keep else x, y) if keep else (None, None)
+        squares = [self.squares.get(number) for number in numbers]
+        if squares[1] is None:
+            dot, squares[1] = statistics.dot_and_square(y, x)
+        elif squares[0] is None:
+            dot, squares[0] = statistics.dot_and_square(x, y)
+        else:
+            dot = statistics.dot(x, y)
+        one, other = (statistics.sum_squares(v) if s is None else s for v, s in zip((x, y), squares, strict=True))
         entry.leaves = [
-            self._term(entry, 0, x, factors[0], kept[0], numbers[0]),
-            self._term(entry, 1, y, factors[1], kept[1], numbers[1]),
+            self._term(entry, 0, x, one, factors[0], kept[0], numbers[0]),
+            self._term(entry, 1, y, other, factors[1], kept[1], numbers[1]),
         ]
         entry.terms = {term.place: term for term in entry.leaves}
-        entry.dots[frozenset(entry.terms)] = statistics.dot(x, y) * (factors[0] * factors[1])
+        entry.dots[frozenset(entry.terms)] = dot * (factors[0] * factors[1])
         self._expand(entry, (x, y), numbers, nodes, stack)
         return entry
 
-    def _term(self, entry: Sum, position: int, value: Tensor, scale: float, kept: Tensor | None, node: int) -> Term:
+    def _term(
+        self, entry: Sum, position: int, value: Tensor, square: Number, scale: float, kept: Tensor | None, node: int
+    ) -> Term:  # fmt: skip
         sample = None
         earlier = self.sums.get(node)
         if earlier is not None and earlier.shape == entry.shape and earlier.channel_dim == entry.channel_dim:
             sample = earlier.sample  # the stream is measured where it is made
-        square = self.squares[node] if node in self.squares else statistics.sum_squares(value)
         square = square * broadcast_factor(tuple(value.shape), entry.shape)
         if sample is None:
             whole = value if tuple(value.shape) == entry.shape else value.expand(entry.shape)
@@ -154,21 +163,22 @@ class JoinTaps:
     def after(self, entry: Sum, node: int, call: int, out: Tensor) -> None:
         """Measure the result of an addition."""
         found = statistics.measure(out, ("square", "largest", "nonfinite"))
-        entry.node, entry.call = node, call
+        entry.node = node
         entry.out = {
             "n": float(out.numel()), "out_sq": found["square"], "out_max": found["largest"],
             "nonfinite": found["nonfinite"],
         }  # fmt: skip
         entry.sample = geometry.sample_rows(out, entry.channel_dim, self.rows)
         self.sums[node] = entry
+        if any(leaf.value is not None for leaf in entry.leaves):
+            self._holding.setdefault(call, []).append(entry)
         self.squares[node] = found["square"]
 
     def release(self, call: int) -> None:
         """Let go of operands that were kept for sums in a module's forward that has ended."""
-        for entry in self.sums.values():
-            if entry.call == call:
-                entry.leaves = [replace(leaf, value=None) for leaf in entry.leaves]
-                entry.terms = {place: replace(term, value=None) for place, term in entry.terms.items()}
+        for entry in self._holding.pop(call, ()):
+            entry.leaves = [replace(leaf, value=None) for leaf in entry.leaves]
+            entry.terms = {place: replace(term, value=None) for place, term in entry.terms.items()}
 
     # ------------------------------------------------------------------ when the pass is understood
 

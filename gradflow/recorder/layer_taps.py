@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from gradflow.recorder.buffer import Buffer
     from gradflow.recorder.hooks import Hooks
+    from gradflow.records import Node
     from gradflow.statistics import Number
 
 ACTIVATIONS = frozenset({
@@ -114,16 +115,16 @@ class LayerTaps:
         self._running[call] = _Running(path, module, grad, plain)
         self._stack.append(call)
 
-    def activation(self, op: str, scope: str, call: int, out: Tensor, channel_dim: int, *, grad: bool) -> None:
+    def activation(self, op: str, node: Node, out: Tensor, *, grad: bool) -> None:
         """Measure the result of an activation function, unless the module that calls it is one and will be measured."""
-        running = self._running.get(call)
+        running, scope = self._running.get(node.call), node.scope
         if running is not None and running.plain:
             running.has_activation = True
             return
         layer = Layer(f"{scope}.{op}" if scope else op, scope, op, 0, 0)
-        self._measure(layer, out, channel_dim, activation=True, grad=grad)
+        self._measure(layer, out, node, activation=True, grad=grad)
 
-    def exited(self, call: int, out: Tensor | None, channel_dim: int) -> Number | None:
+    def exited(self, call: int, out: Tensor | None, node: Node | None) -> Number | None:
         """Measure the output of a module's forward that has ended, if it is a leaf; Σ y² if it was measured."""
         running = self._running.pop(call, None)
         if running is None:
@@ -136,24 +137,24 @@ class LayerTaps:
             return None
         if _learns(running.module) or running.has_activation:
             layer = module_layer(running.path, running.module)
-            return self._measure(layer, out, channel_dim, activation=running.has_activation, grad=running.grad)
+            return self._measure(layer, out, node, activation=running.has_activation, grad=running.grad)
         return None
 
     def _measure(
-        self, layer: Layer, result: Tensor, channel_dim: int, *, activation: bool, grad: bool
+        self, layer: Layer, result: Tensor, node: Node | None, *, activation: bool, grad: bool
     ) -> Number | None:
         out = measurable(result)
         if out is None:
             return None
         name = self._occurrences.name(layer, grad=grad)
-        values = self._values(layer, name, out, channel_dim, activation=activation)
+        values = self._values(layer, name, out, node, activation=activation)
         self._buffer.put("layers", name, values)
         if result.grad_fn is not None:
             self._hooks.gradient((result.grad_fn, result.output_nr), lambda gradient: self._gradient(name, gradient))
         return values["out_sq"]
 
     def _values(
-        self, layer: Layer, name: str, out: Tensor, channel_dim: int, *, activation: bool
+        self, layer: Layer, name: str, out: Tensor, node: Node | None, *, activation: bool
     ) -> dict[str, Number | None]:
         """All forward columns."""
         found = statistics.measure(out, ("total", "square", "largest", "zeros", "nonfinite"))
@@ -163,7 +164,8 @@ class LayerTaps:
         }  # fmt: skip
         if activation:
             values["saturated"] = statistics.count_saturated(out, layer.kind.lower())
-            live = statistics.live_units(out, channel_dim, found["zeros"]) if out.dim() and out.numel() else None
+            axis = -1 if node is None else node.channel_dim
+            live = statistics.live_units(out, axis, found["zeros"]) if out.dim() and out.numel() else None
             if live is not None:
                 old = self._live.get(name)
                 self._live[name] = live if old is None or old.shape != live.shape else old | live

@@ -62,23 +62,21 @@ class StreamTaps:
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
             self._sequence_first.add(call)
 
-    def module(
-        self, path: str, node: int, out: Tensor, axis: int, wanted: frozenset[str] | None, square: Number | None
-    ) -> None:
-        """Measure a module's output if it may be a point; `wanted` holds the modules that are, None while unknown.
+    def module(self, node: Node, out: Tensor, square: Number | None, *, learning: bool) -> None:
+        """Measure a module's output, which is a point, or may be one while the taps are `learning` which are.
 
         `square` is Σ x² where it is known.
         """
-        if (wanted is not None and path not in wanted) or out.dim() < 2:
+        if out.dim() < 2:
             return
-        sample = geometry.sample_rows(out, axis, self._rows)
-        if sample is not None and wanted is None:
+        sample = geometry.sample_rows(out, node.channel_dim, self._rows)
+        if sample is not None and learning:
             self._bytes += sample.numel() * sample.element_size()
             if self._bytes > _LEARNING_BYTES:
                 return
         if square is None:
             square = statistics.sum_squares(out)
-        self._outputs[node] = Point(out.numel(), square, sample, geometry.has_tokens(tuple(out.shape)))
+        self._outputs[node.index] = Point(out.numel(), square, sample, geometry.has_tokens(tuple(out.shape)))
 
     def finish(
         self, structure: Structure, joins: JoinTaps, gradients: dict[int, JoinGradients], edges: dict[int, Edge],

@@ -119,7 +119,7 @@ class Taps:
                 if token is not None:
                     self._additions.after(token, node, made.call, out)
                 elif self.layers is not None and is_activation(op, args, kwargs):
-                    self.layers.activation(op, made.scope, made.call, out, made.channel_dim, grad=grad)
+                    self.layers.activation(op, made, out, grad=grad)
                 elif op in ATTENTION and self.attention is not None and _all_measurable(args, kwargs):
                     self.attention.call(op, node, self.tracer.nodes, args, kwargs, grad=grad)
         except Exception as error:  # noqa: BLE001
@@ -141,17 +141,20 @@ class Taps:
                 self._joins.release(call)
                 if self.tracer.depth == 1:
                     self._await_backward(output)
-                out = next((t for t in tensors_in(output, 3) if t.is_floating_point()), None)
-                node = self.tracer.node_of(out) if out is not None else None
-                axis = -1 if node is None else self.tracer.nodes[node].channel_dim
+                tensors = [output] if type(output) is Tensor else tensors_in(output, 3)
+                out = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+                number = self.tracer.node_of(out) if out is not None else None
+                node = None if number is None else self.tracer.nodes[number]
                 if self.layers is not None:
-                    square = self.layers.exited(call, out, axis)
-                    if square is not None and node is not None:
-                        self._joins.squares[node] = square
-                out = measurable(out) if out is not None else None
-                if out is not None and node is not None and "streams" in self._tables:
-                    known = self._joins.squares.get(node)
-                    self._streams.module(path, node, out, axis, self._plans.points, known)
+                    square = self.layers.exited(call, out, node)
+                    if square is not None and number is not None:
+                        self._joins.squares[number] = square
+                points = self._plans.points  # None until a pass has been analysed
+                if out is None or node is None or (points is not None and path not in points):
+                    return
+                seen = measurable(out)
+                if seen is not None and "streams" in self._tables:
+                    self._streams.module(node, seen, self._joins.squares.get(node.index), learning=points is None)
         except Exception as error:  # noqa: BLE001
             self._on_error(error)
 
