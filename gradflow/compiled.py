@@ -129,8 +129,18 @@ def lies_plain(x: Tensor) -> bool:
 
 
 def sums(*tensors: Tensor) -> Sums | None:
-    """What reads these tensors of one dtype as they lie in memory, if anything does."""
+    """What reads these tensors as they lie in memory together, if anything does: they have one dtype then."""
+    dtype = tensors[0].dtype
     for x in tensors:
-        if not (lies_plain(x) and x.data_ptr()):  # no address: empty, or zeros without memory
+        if not (lies_plain(x) and x.data_ptr() and x.dtype is dtype):  # no address: empty, or zeros without memory
             return None
-    return SUMS.get(tensors[0].dtype)
+    return SUMS.get(dtype)
+
+
+def together(*columns: Sequence[Tensor]) -> list[tuple[Sums, list[int]]]:
+    """Places of what one call reads: tensors, or pairs of tensors of one length. What cannot be read so is left out."""
+    groups: dict[torch.dtype, tuple[Sums, list[int]]] = {}
+    for i, tensors in enumerate(zip(*columns, strict=True)):
+        if found := sums(*tensors):
+            groups.setdefault(tensors[0].dtype, (found, []))[1].append(i)
+    return list(groups.values())

@@ -23,7 +23,7 @@ import torch
 from gradflow import compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator
 
     from torch import Tensor
 
@@ -48,26 +48,6 @@ def measure(flat: Tensor, wanted: Collection[str]) -> dict[str, float]:
         found = dict(zip(compiled.NAMES, sums.measure(flat), strict=True))
         return {name: found[name] for name in wanted}
     return _in_pieces(flat.view(-1), wanted)
-
-
-def measure_each(flats: Sequence[Tensor], wanted: Collection[str]) -> list[dict[str, float]]:
-    """`measure` of each of several tensors of one axis, or whose elements lie in order."""
-    found = {}
-    for sums, group in _together(flats):
-        figures = sums.measure_each([flats[i] for i in group])
-        for i, values in zip(group, figures, strict=True):
-            known = dict(zip(compiled.NAMES, values, strict=True))
-            found[i] = {name: known[name] for name in wanted}
-    return [found[i] if i in found else _in_pieces(flat.view(-1), wanted) for i, flat in enumerate(flats)]
-
-
-def _together(*columns: Sequence[Tensor]) -> list[tuple[compiled.Sums, list[int]]]:
-    """Places of what one compiled call reads: tensors, or pairs of tensors, of one dtype."""
-    groups: dict[torch.dtype, tuple[compiled.Sums, list[int]]] = {}
-    for i, tensors in enumerate(zip(*columns, strict=True)):
-        if sums := compiled.sums(*tensors):
-            groups.setdefault(tensors[0].dtype, (sums, []))[1].append(i)
-    return list(groups.values())
 
 
 @_quiet
@@ -108,30 +88,14 @@ def dot(x: Tensor, y: Tensor) -> float:
     return sum(_dot(one, other) for one, other in zip(_pieces(x), _pieces(y), strict=True))
 
 
-def distance_each(ones: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
-    """Σ (x − y)² of each of several pairs, both of one length and one dtype, whose elements lie in order."""
-    found: dict[int, float] = {}
-    for sums, group in _together(ones, others):
-        found.update(zip(group, sums.distance_each([ones[i] for i in group], [others[i] for i in group]), strict=True))
-    return [found[i] if i in found else _distance(*pair) for i, pair in enumerate(zip(ones, others, strict=True))]
-
-
-def _distance(x: Tensor, y: Tensor) -> float:
+def distance(x: Tensor, y: Tensor) -> float:
+    """Σ (x − y)² of two tensors of one length and one dtype, whose elements lie in order."""
+    if sums := compiled.sums(x, y):
+        return sums.distance_each([x], [y])[0]
     x, y = x.view(-1), y.view(-1)
     room = _scratch(torch.float64 if x.dtype == torch.float64 else torch.float32).numpy()
     less = (_difference(one, other, room) for one, other in zip(_pieces(x), _pieces(y), strict=True))
     return sum(_dot(piece, piece) for piece in less)
-
-
-def copy_each(rooms: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[float]:
-    """Copy each tensor to its room, both of one length and dtype, whose elements lie in order; gives Σ x² of each."""
-    found: dict[int, float] = {}
-    for sums, group in _together(rooms, tensors):
-        found.update(zip(group, sums.copy_each([rooms[i] for i in group], [tensors[i] for i in group]), strict=True))
-    for i, (room, x) in enumerate(zip(rooms, tensors, strict=True)):
-        if i not in found:
-            found[i] = _in_pieces(room.copy_(x).view(-1), ("square",))["square"]
-    return [found[i] for i in range(len(tensors))]
 
 
 @_quiet

@@ -75,14 +75,19 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite). Others may come along.
     """
     if sums := compiled.sums(x):
-        found: dict[str, Number] = dict(zip(compiled.NAMES, sums.measure(x), strict=True))
-        if "nonfinite" in wanted:
-            found["nonfinite"] = count_nonfinite(x, found["largest"])
-        return found
+        return _named(x, sums.measure(x), wanted)
     flat = _readable(x)
     if flat.device.type == "cpu":
         return _completed(x, flat, wanted, host_sums.measure(flat, _summed(wanted)))
     return _completed(x, flat, wanted, device_sums.measure(flat, [*wanted]))
+
+
+def _named(x: Tensor, figures: tuple[float, ...], wanted: Collection[str]) -> dict[str, Number]:
+    """What the compiled functions found in a tensor."""
+    found: dict[str, Number] = dict(zip(compiled.NAMES, figures, strict=True))
+    if "nonfinite" in wanted:
+        found["nonfinite"] = count_nonfinite(x, found["largest"])
+    return found
 
 
 def _summed(wanted: Collection[str]) -> list[str]:
@@ -119,11 +124,10 @@ def copy_each(tensors: Sequence[Tensor], rooms: Sequence[Tensor | None]) -> list
         room if room is not None and _alike(room, x) else torch.empty_like(x)
         for x, room in zip(tensors, rooms, strict=True)
     ]
-    pairs = list(zip(copies, tensors, strict=True))
-    plain = [i for i, pair in enumerate(pairs) if all(_readable(x) is x for x in pair)]
-    found = host_sums.copy_each([copies[i] for i in plain], [tensors[i] for i in plain])
-    squares: dict[int, Number] = dict(zip(plain, found, strict=True))
-    for i, (room, x) in enumerate(pairs):
+    squares: dict[int, Number] = {}
+    for sums, places in compiled.together(copies, tensors):
+        squares.update(zip(places, sums.copy_each(*_columns(places, copies, tensors)), strict=True))
+    for i, (room, x) in enumerate(zip(copies, tensors, strict=True)):
         if i not in squares:
             squares[i] = sum_squares(room.copy_(x))
     return [(room, squares[i]) for i, room in enumerate(copies)]
@@ -141,15 +145,16 @@ def sum_squares_each(tensors: Sequence[Tensor]) -> list[Number]:
 def measure_each(tensors: Sequence[Tensor], wanted: Collection[str]) -> list[dict[str, Number]]:
     """`measure` of each of several tensors; those of a CPU together, and those of a device, in few calls."""
     found: dict[int, dict[str, Number]] = {}
-    flats = {i: _readable(x) for i, x in enumerate(tensors) if x.device.type == "cpu"}
-    sums = host_sums.measure_each([*flats.values()], _summed(wanted))
-    for (i, flat), figures in zip(flats.items(), sums, strict=True):
-        found[i] = _completed(tensors[i], flat, wanted, figures)
+    for sums, places in compiled.together(tensors):
+        for i, figures in zip(places, sums.measure_each([tensors[i] for i in places]), strict=True):
+            found[i] = _named(tensors[i], figures, wanted)
     together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
-        if x.device.type != "cpu" and x.is_sparse:
+        if i in found:
+            continue
+        if x.device.type == "cpu" or x.is_sparse:
             found[i] = measure(x, wanted)
-        elif i not in found:
+        else:
             together.setdefault((x.device, x.dtype), []).append(i)
     for places in together.values():
         on_device = device_sums.measure_each([_flat(_real(tensors[i])) for i in places], wanted)
@@ -162,33 +167,33 @@ def sum_squared_differences(x: Tensor, y: Tensor) -> Number:
     x, y = _real(x).reshape(-1), _real(y).reshape(-1)
     if x.device.type != "cpu":
         return device_sums.distance(x, y)
-    return host_sums.distance_each(*(([x], [y]) if x.dtype == y.dtype else ([x.double()], [y.double()])))[0]
+    return host_sums.distance(x, y) if x.dtype == y.dtype else host_sums.distance(x.double(), y.double())
 
 
 def sum_squared_differences_each(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Number]:
     """Σ (x − y)² of several pairs. `before` is used up: on a device the differences take its memory."""
+    found: dict[int, Number] = {}
+    for sums, places in compiled.together(before, after):
+        found.update(zip(places, sums.distance_each(*_columns(places, before, after)), strict=True))
     pairs = list(zip(before, after, strict=True))
-    held, fused = [], []
-    for i, (x, y) in enumerate(pairs):
-        if x.dtype == y.dtype and x.device.type == "cpu" and _readable(x) is x and _readable(y) is y:
-            held.append(i)
-        elif x.dtype == y.dtype and x.device.type != "cpu" and x.element_size() > 2:
-            fused.append(i)
-    found: dict[int, Number] = dict(zip(held, host_sums.distance_each(*_columns(pairs, held)), strict=True))
+    fused = [
+        i for i, (x, y) in enumerate(pairs)
+        if x.dtype == y.dtype and x.device.type != "cpu" and x.element_size() > 2
+    ]  # fmt: skip
     if fused:
-        ours, theirs = _columns(pairs, fused)
+        ours, theirs = _columns(fused, before, after)
         torch._foreach_sub_(ours, theirs)
         found.update(zip(fused, sum_squares_each(ours), strict=True))
     return [found[i] if i in found else sum_squared_differences(*pair) for i, pair in enumerate(pairs)]
 
 
-def _columns(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    return [pairs[i][0] for i in places], [pairs[i][1] for i in places]
+def _columns(places: Sequence[int], *columns: Sequence[Tensor]) -> list[list[Tensor]]:
+    return [[column[i] for i in places] for column in columns]
 
 
 def dot(x: Tensor, y: Tensor) -> Number:
     """Dot product Σ x·y of two tensors of one shape (broadcast first where they differ)."""
-    if x.shape == y.shape and x.dtype == y.dtype and (sums := compiled.sums(x, y)):
+    if x.shape == y.shape and (sums := compiled.sums(x, y)):
         return sums.dot(x, y)[0]
     x, y = _real(x), _real(y)
     if x.shape != y.shape:
@@ -202,7 +207,7 @@ def dot(x: Tensor, y: Tensor) -> Number:
 
 def dot_and_square(x: Tensor, y: Tensor) -> tuple[Number, Number]:
     """Dot product Σ x·y of two tensors (broadcast first where their shapes differ), and Σ x²."""
-    if x.shape == y.shape and x.dtype == y.dtype and (sums := compiled.sums(x, y)):
+    if x.shape == y.shape and (sums := compiled.sums(x, y)):
         return sums.dot(x, y)
     return dot(x, y), sum_squares(x)
 

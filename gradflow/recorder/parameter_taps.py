@@ -111,7 +111,7 @@ class ParameterTaps:
         else:
             found = statistics.measure_each(list(visible.values()), tuple(_COLUMNS))
             for name, values in zip(visible, found, strict=True):
-                self._gradients[name] = {_COLUMNS[column]: value for column, value in values.items()}
+                self._gradients[name] = {column: values[figure] for figure, column in _COLUMNS.items()}
         return set(visible)
 
     def finish(self) -> None:
