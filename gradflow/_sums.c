@@ -316,32 +316,8 @@ static void each(part_function *part, int64_t size, char *const *x, char *const 
     EACH(distance, name, word, which)                                                                                  \
     EACH(copy, name, word, which)
 
-/* Rows of `bytes` each, to be put one after the other, some at a time. */
-struct rows {
-    const char *x;
-    const int64_t *numbers;
-    int64_t count, bytes, together;
-    char *room;
-};
-
-static void take_some(void *context, int64_t piece) {
-    const struct rows *r = context;
-    int64_t end = (piece + 1) * r->together < r->count ? (piece + 1) * r->together : r->count;
-    for (int64_t i = piece * r->together; i < end; i++) {
-        const char *next = r->x + r->numbers[i + 1 < end ? i + 1 : i] * r->bytes; /* rows apart are not foreseen */
-        for (int64_t byte = 0; byte < r->bytes; byte += LINE) PREFETCH(next + byte);
-        memcpy(r->room + i * r->bytes, r->x + r->numbers[i] * r->bytes, (size_t)r->bytes);
-    }
-}
-
-/* Copies rows by their numbers to where there is room for them. */
-PUBLIC void take_rows(const char *x, const int64_t *numbers, int64_t count, int64_t bytes, int64_t threads, char *room) {
-    struct rows r = {x, numbers, count, bytes, 4 * PIECE / bytes + 1, room};
-    share_out(take_some, &r, (count + r.together - 1) / r.together, threads);
-}
-
 /* Another number where a function takes other arguments than before: who loads an old library must not call it. */
-PUBLIC const int64_t edition = 3;
+PUBLIC const int64_t edition = 4;
 
 ALL(f32, uint32_t, BEST)
 ALL(f64, uint64_t, PLAIN)

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     Counts = ctypes.Array[c_int64]
     EachFunction = Callable[[Addresses, Addresses | None, Counts, int, int, Figures], None]
     RowsFunction = Callable[[int, Counts, int, int, int, int], None]
+    SamplesFunction = Callable[[Addresses, int, int, int, int, int, Figures], None]
 
-_EDITION = 3
-"""What `_sums.c` says of itself where it was built from the same sources as this."""
+_EDITION = 4
+"""What the library says of itself where it was built from the same sources as this."""
 NAMES = ("total", "square", "largest", "zeros")
 _OF_ONE = ("measure", "dot")
 _OF_EACH = ("measure_each", "distance_each", "copy_each")
@@ -43,7 +44,6 @@ class Sums(NamedTuple):
     of_each: EachFunction
     of_each_squared_differences: EachFunction
     of_each_copied_squares: EachFunction
-    of_rows: RowsFunction
 
     def measure(self, x: Tensor) -> tuple[float, ...]:
         """Σ x, Σ x², max |x| (NaN if there is one) and the number of zeros: `NAMES`."""
@@ -69,11 +69,26 @@ class Sums(NamedTuple):
         """Copies each tensor to its room, and Σ x²."""
         return [found[0] for found in _each(self.of_each_copied_squares, rooms, tensors)]
 
-    def take_rows(self, x: Tensor, rows: Counts, room: Tensor) -> Tensor:
+
+class Samples(NamedTuple):
+    """The functions for samples of rows that lie in a CPU's memory in order."""
+
+    of_rows: RowsFunction
+    of_samples: SamplesFunction
+
+    def take(self, x: Tensor, rows: Counts, room: Tensor) -> Tensor:
         """Copies rows of x, as long as the last axis of `room`, by their numbers to a `room` for them."""
         size = room.shape[-1] * x.element_size()
         self.of_rows(x.data_ptr(), rows, len(rows), size, torch.get_num_threads(), room.data_ptr())
         return room
+
+    def figures(self, samples: Sequence[Tensor]) -> list[list[float]]:
+        """Kurtosis, largest over median and cosine (see `geometry`) of samples of one shape, in float32."""
+        found = (c_double * (3 * len(samples)))()
+        addresses = (c_void_p * len(samples))(*(sample.data_ptr() for sample in samples))
+        sequences, positions, width = samples[0].shape
+        self.of_samples(addresses, len(samples), sequences, positions, width, torch.get_num_threads(), found)
+        return [found[i : i + 3] for i in range(0, len(found), 3)]
 
 
 def counts(numbers: Sequence[int]) -> Counts:
@@ -91,36 +106,38 @@ def _each(function: EachFunction, ones: Sequence[Tensor], others: Sequence[Tenso
     return [tuple(found[i : i + len(NAMES)]) for i in range(0, len(found), len(NAMES))]
 
 
-def _load() -> dict[torch.dtype, Sums]:
+def _load() -> tuple[dict[torch.dtype, Sums], Samples | None]:
     folder = Path(__file__).parent
     built = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_sums{suffix}").exists()]
     if not built:
-        return {}
+        return {}, None
     found = {}
     try:
         library = ctypes.CDLL(str(built[0]))
         if c_int64.in_dll(library, "edition").value != _EDITION:
-            return {}
-        rows = library.take_rows
+            return {}, None
+        samples = Samples(library.take_rows, library.figures_of_samples)
         functions = {
             dtype: [[getattr(library, f"{what}_{name}") for what in names] for names in (_OF_ONE, _OF_EACH)]
             for dtype, name in _DTYPES.items()
         }
     except (OSError, AttributeError, ValueError):  # built for another system, or from other sources
-        return {}  # numpy is as right
+        return {}, None  # numpy is as right
     addresses, numbers, figures = POINTER(c_void_p), POINTER(c_int64), POINTER(c_double)
-    rows.argtypes, rows.restype = (c_void_p, numbers, c_int64, c_int64, c_int64, c_void_p), None
+    library.take_rows.argtypes = (c_void_p, numbers, c_int64, c_int64, c_int64, c_void_p)
+    library.figures_of_samples.argtypes = (addresses, c_int64, c_int64, c_int64, c_int64, c_int64, figures)
+    library.take_rows.restype = library.figures_of_samples.restype = None
     for dtype, (one, each) in functions.items():
         for function in one:
             function.argtypes, function.restype = (c_void_p, c_void_p, c_int64, c_int64, figures), None
         for function in each:
             function.argtypes, function.restype = (addresses, addresses, numbers, c_int64, c_int64, figures), None
-        found[dtype] = Sums._make([*one, *each, rows])
-    return found
+        found[dtype] = Sums(*one, *each)
+    return found, samples
 
 
-SUMS = _load()
-"""By dtype; empty where nothing was compiled."""
+SUMS, SAMPLES = _load()
+"""Sums by dtype, and what is for samples; nothing where nothing was compiled."""
 
 
 def lies_plain(x: Tensor) -> bool:

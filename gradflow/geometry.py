@@ -40,12 +40,12 @@ def sample_rows(x: Tensor, channel_dim: int, rows: int) -> Tensor | None:
     if x.numel() == 0 or x.dim() == 0:
         return None
     x = x.detach()
-    if channel_dim % x.dim() == x.dim() - 1 and (sums := compiled.sums(x)):
+    if compiled.SAMPLES and channel_dim % x.dim() == x.dim() - 1 and compiled.sums(x):
         width = x.shape[-1]
         sequences = x.shape[0] if x.dim() > 2 else 1
         places, shape = _places(sequences, x.numel() // (sequences * width), rows)
         room = torch.empty((*shape, width), dtype=x.dtype, device="cpu")
-        return statistics.wide(sums.take_rows(x, places, room))
+        return statistics.wide(compiled.SAMPLES.take(x, places, room))
     if x.dim() <= 2:
         x = x.reshape(1, -1, x.shape[-1])
     else:
@@ -78,6 +78,17 @@ def _places(sequences: int, positions: int, rows: int) -> tuple[compiled.Counts,
 def has_tokens(shape: tuple[int, ...]) -> bool:
     """Whether a tensor of this shape has several positions a sequence, so that cosines between them mean something."""
     return len(shape) >= 3
+
+
+def figures(samples: Sequence[Tensor]) -> dict[str, list[Number]]:
+    """`kurtosis`, `max_over_median` and `token_cosine` of each of several samples of one shape and dtype, by name."""
+    names = ("kurtosis", "max_over_median", "token_cosine")
+    if compiled.SAMPLES and samples[0].dtype == torch.float32 and all(compiled.sums(sample) for sample in samples):
+        rows = compiled.SAMPLES.figures(samples)
+        return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    rows_of_all = torch.stack(list(samples))
+    columns = (function(rows_of_all) for function in (kurtosis, max_over_median, token_cosine))
+    return {name: statistics.numbers(column) for name, column in zip(names, columns, strict=True)}
 
 
 def token_cosine(rows: Tensor) -> Tensor:

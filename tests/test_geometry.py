@@ -122,3 +122,69 @@ def test_the_places_of_a_sample_are_fixed():
     assert torch.equal(g.sample_rows(x, -1, 64), g.sample_rows(x.clone(), -1, 64))
     assert g.sample_rows(torch.zeros(0, 4, 5), -1, 64) is None
     assert g.sample_rows(torch.zeros(()), -1, 64) is None
+
+
+def by_oracle(x):
+    """The figures of a sample of float32 from its numbers in float64."""
+    x = x.double()
+    return {name: float(f(x)) for name, f in (("kurtosis", g.kurtosis), ("max_over_median", g.max_over_median), ("token_cosine", g.token_cosine))}
+
+
+def check_figures(samples):
+    found = g.figures(samples)
+    for i, x in enumerate(samples):
+        got = {name: float(values[i]) for name, values in found.items()}
+        assert got == pytest.approx(by_oracle(x), rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-41, 1e30, 1e-30]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40)), st.integers(1, 5), st.integers(0, 99),
+    st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(SPECIAL)), max_size=4),
+)  # fmt: skip
+def test_figures_of_several_samples_are_those_of_each_in_float64(shape, count, seed, special):
+    samples = [sample(*shape, seed=seed + i).float() for i in range(count)]
+    for place, value in special:
+        samples[place % count].view(-1)[place % samples[0].numel()] = value
+    with_huge = any(abs(value) == 1e30 for _, value in special)  # its fourth power is no float32 number, and no matter here
+    if not with_huge or g.compiled.SAMPLES:
+        check_figures(samples)
+
+
+@pytest.mark.parametrize("order", ["as drawn", "sorted", "reversed", "every 16th is large", "all equal", "nearly all zero", "two values"])
+def test_median_of_many_numbers_is_found_in_any_order(order):
+    x = sample(4, 32, 128).float()
+    flat = x.view(-1)
+    if order == "sorted":
+        flat.copy_(flat.abs().sort().values)
+    elif order == "reversed":
+        flat.copy_(flat.abs().sort(descending=True).values)
+    elif order == "every 16th is large":
+        flat[::16] += 100
+    elif order == "all equal":
+        flat.fill_(-3)
+    elif order == "nearly all zero":
+        flat[1:] = 0
+    elif order == "two values":
+        flat.copy_(torch.where(flat > 0, 1.0, 2.0))
+    check_figures([x, sample(4, 32, 128, seed=1).float()])
+
+
+def test_figures_are_the_same_where_nothing_was_compiled(monkeypatch):
+    samples = [sample(3, 20, 64, seed=i).float() for i in range(3)]
+    usual = g.figures(samples)
+    monkeypatch.setattr(g.compiled, "SAMPLES", None)
+    for name, values in g.figures(samples).items():
+        assert [float(value) for value in values] == pytest.approx(usual[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 128, 12), (3, 200, 7), (300, 5, 6), (700, 3), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_taken_from_the_same_places_where_nothing_was_compiled(shape, dtype, monkeypatch):
+    x = sample(*shape).to(dtype)
+    usual = g.sample_rows(x, -1, 256)
+    monkeypatch.setattr(g.compiled, "SAMPLES", None)
+    assert torch.equal(g.sample_rows(x, -1, 256), usual)

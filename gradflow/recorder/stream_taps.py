@@ -138,11 +138,10 @@ class StreamTaps:
                 groups[key].append((name, point.sample, point.tokens))
         for group in groups.values():
             names = [name for name, _, _ in group]
-            samples = torch.stack([sample for _, sample, _ in group])
-            columns = {"kurtosis": geometry.kurtosis(samples), "max_over_median": geometry.max_over_median(samples)}
-            if group[0][2]:
-                columns["token_cosine"] = geometry.token_cosine(samples)
-            figures = {column: statistics.numbers(values) for column, values in columns.items()}
+            samples = [sample for _, sample, _ in group]
+            figures = geometry.figures(samples)
+            if not group[0][2]:
+                del figures["token_cosine"]
             for i, name in enumerate(names):
                 self._buffer.put("streams", name, {column: values[i] for column, values in figures.items()})
             self._buffer.put_grams("streams", names, "effective_rank", geometry.gram(_rank_rows(samples)))
@@ -190,9 +189,10 @@ def _takes_sequences_second(stream: Stream, calls: Iterable[Call], nodes: Sequen
     return False
 
 
-def _rank_rows(samples: Tensor) -> Tensor:
+def _rank_rows(samples: Sequence[Tensor]) -> Tensor:
     """The rows that the effective rank is computed from, in float64 where the device has it: (k, 1, rows, width)."""
-    flat = samples.flatten(1, 2)
-    if min(flat.shape[1:]) > _RANK_ROWS:
-        flat = flat[:, :: -(-flat.shape[1] // _RANK_ROWS)]
+    each = [sample.flatten(0, 1) for sample in samples]
+    if min(each[0].shape) > _RANK_ROWS:
+        each = [rows[:: -(-len(rows) // _RANK_ROWS)] for rows in each]
+    flat = torch.stack(each)
     return (flat if flat.device.type == "mps" else flat.double()).unsqueeze(1)
