@@ -46,9 +46,14 @@ class _Running:
     path: str
     module: nn.Module
     grad: bool
-    plain: bool
     has_calls: bool = False
     has_activation: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is no more than a function in the form of a module."""
+        own = self.module
+        return (isinstance(own, nn.PReLU) or not _learns(own)) and next(own.children(), None) is None
 
 
 class Occurrences:
@@ -111,8 +116,7 @@ class LayerTaps:
         """Note that a module's forward begins."""
         if self._stack:
             self._running[self._stack[-1]].has_calls = True
-        plain = (isinstance(module, nn.PReLU) or not _learns(module)) and next(module.children(), None) is None
-        self._running[call] = _Running(path, module, grad, plain)
+        self._running[call] = _Running(path, module, grad)
         self._stack.append(call)
 
     def activation(self, op: str, node: Node, out: Tensor, *, grad: bool) -> None:
