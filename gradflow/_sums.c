@@ -222,16 +222,22 @@ TARGET INLINE __m256i count_zeros_256(__m256i count, __m256i x) {
 }
 #include "_lanes.h"
 
-static int vector_bits;
-__attribute__((constructor)) static void look_at_processor(void) {
+static int64_t vector_bits;
+
+/* Bits of the vectors in use from now on: the most that the processor has and `most` allows; 0 for what is compiled for
+ * any processor. */
+PUBLIC int64_t widest_vectors(int64_t most) {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return; /* who has them has f16c */
-    int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    int some = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* who has them has f16c */
+    int wide = some && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    vector_bits = wide ? 512 : 256;
+    return vector_bits = wide && most >= 512 ? 512 : some && most >= 256 ? 256 : 0;
 }
+
+__attribute__((constructor)) static void look_at_processor(void) { widest_vectors(512); }
 #define BEST(part) (vector_bits == 512 ? part##_512 : vector_bits ? part##_256 : part)
 #else
+PUBLIC int64_t widest_vectors(int64_t most) { return 0 * most; }
 #define BEST(part) part
 #endif
 #define PLAIN(part) part

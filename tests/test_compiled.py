@@ -1,14 +1,16 @@
 """The sums that are compiled where gradflow is installed, against numpy's float64 and exhaustively where that is possible."""
 
+import ctypes
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -17,6 +19,16 @@ from gradflow import compiled, statistics, threads
 pytestmark = pytest.mark.skipif(not compiled.SUMS, reason="gradflow was installed without a C compiler")
 
 SHARED = 2**15
+LIBRARY = ctypes.CDLL(str(next(Path(compiled.__file__).parent.glob("_sums*.so")))) if compiled.SUMS else None
+
+
+@pytest.fixture(params=[512, 256, 0], ids="{} bits".format)
+def _vectors(request):
+    """Every kind of vectors that the processor has."""
+    if LIBRARY.widest_vectors(ctypes.c_int64(request.param)) != request.param:
+        pytest.skip("not on this processor")
+    yield
+    LIBRARY.widest_vectors(ctypes.c_int64(512))
 NARROW = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}
 
 
@@ -24,6 +36,7 @@ def wide(x):
     return x.double().numpy()
 
 
+@pytest.mark.usefixtures("_vectors")
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_every_number_of_half_precision_is_widened_exactly(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -34,8 +47,9 @@ def test_every_number_of_half_precision_is_widened_exactly(dtype):
         assert zeros == (true == 0)
 
 
+@pytest.mark.usefixtures("_vectors")
 @given(arrays.arrays(np.float32, st.integers(1, 700), elements=st.floats(width=32)), st.randoms())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_float32_numbers_are_measured_as_float64_measures_them(values, random):
     x = torch.from_numpy(values)
     y = x[torch.tensor(random.sample(range(len(values)), len(values)))]
@@ -54,20 +68,23 @@ def test_any_float32_numbers_are_measured_as_float64_measures_them(values, rando
     assert zeros == np.count_nonzero(a == 0)
 
 
+@pytest.mark.usefixtures("_vectors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [1, 255, 256, 257, SHARED - 1, SHARED, SHARED + 1, 3 * SHARED + 77])
-def test_no_element_is_missed_or_read_twice_where_vectors_are_cut(n):
-    x = torch.arange(1, n + 1, dtype=torch.float64)
-    sums = compiled.SUMS[torch.float64]
-    assert sums.measure(x) == (n * (n + 1) / 2, pytest.approx(float((x * x).sum()), rel=1e-14), n, 0)
+def test_no_element_is_missed_or_read_twice_where_vectors_are_cut(n, dtype):
+    x = torch.arange(1, n + 1, dtype=dtype)
+    sums = compiled.SUMS[dtype]
+    assert sums.measure(x) == (n * (n + 1) / 2, pytest.approx(float(x.double().square().sum()), rel=1e-14), n, 0)
     assert sums.dot(torch.ones_like(x), x) == (n * (n + 1) / 2, n)
     assert sums.distance_each([x], [x - 1]) == [n]
     for offset in (1, 2):  # where memory is copied wide, and where it does not stand for that
-        room = torch.full((n + 2 * offset,), -1.0, dtype=torch.float64)
-        assert sums.copy_each([room[offset:-offset]], [x]) == [pytest.approx(float((x * x).sum()), rel=1e-14)]
+        room = torch.full((n + 2 * offset,), -1.0, dtype=dtype)
+        assert sums.copy_each([room[offset:-offset]], [x]) == [pytest.approx(float(x.double().square().sum()), rel=1e-14)]
         assert torch.equal(room[offset:-offset], x)
         assert room[offset - 1] == room[-offset] == -1
 
 
+@pytest.mark.usefixtures("_vectors")
 @pytest.mark.parametrize("dtype", compiled.SUMS, ids=str)
 def test_several_vectors_at_once_are_measured_as_each_by_itself(dtype):
     sizes = [1, 300, SHARED + 5, 7, 2 * SHARED, *range(2, 72)]
@@ -83,6 +100,7 @@ def test_several_vectors_at_once_are_measured_as_each_by_itself(dtype):
     assert sums.measure_each([]) == []
 
 
+@pytest.mark.usefixtures("_vectors")
 @pytest.mark.parametrize("place", [0, SHARED // 2, 2 * SHARED - 1])
 def test_one_nan_anywhere_makes_the_largest_nan_and_infinity_makes_it_infinite(place):
     for value in (float("nan"), float("inf"), float("-inf")):
@@ -106,6 +124,7 @@ def test_sums_are_bit_for_bit_the_same_on_any_number_of_threads(dtype):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.usefixtures("_vectors")
 def test_subnormal_numbers_count_and_stay_what_they_are_for_everybody_else():
     tiny = torch.tensor([1e-41, 0.0, -3e-43])
     total, square, largest, zeros = compiled.SUMS[torch.float32].measure(tiny)
