@@ -36,7 +36,7 @@ bench: $(VENV)/.ready
 wheel: $(VENV)/.ready
 	$(BIN)/python -m build
 
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py gradflow/_sums.c gradflow/_samples.c gradflow/_helpers.c gradflow/_helpers.h gradflow/_lanes.h
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard gradflow/_*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " \
 		+ sys.version.split()[0] + " from $(PYTHON); run: make PYTHON=/path/to/python3.11")'
 	@# Some systems ship Python without ensurepip: then the environment gets its pip from the system's.

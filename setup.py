@@ -15,7 +15,7 @@ setup(
         # no use of Python's own interface: one library serves every version, and the compiler needs no headers of it
         Extension(
             "gradflow._sums", ["gradflow/_sums.c", "gradflow/_samples.c", "gradflow/_helpers.c"],
-            depends=["gradflow/_helpers.h", "gradflow/_lanes.h"],
+            depends=["gradflow/_helpers.h", "gradflow/_lanes.h", "gradflow/_portable.h"],
             py_limited_api=True, optional=True,
             extra_compile_args=FLAGS.get(sys.platform, []), extra_link_args=LIBRARIES.get(sys.platform, []),
         )

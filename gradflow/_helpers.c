@@ -53,7 +53,7 @@ static struct {
 static atomic_int gate;              /* who comes late finds it closed and touches nothing */
 static _Atomic uint64_t claimed;     /* pieces taken from the front, and << 32 from the back */
 
-static inline void breathe(void) {
+INLINE void breathe(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)

@@ -1,10 +1,7 @@
+#pragma once
 #include <stdint.h>
 
-#if defined(__GNUC__) && !defined(_WIN32)
-#define INTERNAL __attribute__((visibility("hidden")))
-#else
-#define INTERNAL
-#endif
+#include "_portable.h"
 
 typedef void piece_function(void *context, int64_t piece);
 

@@ -4,22 +4,9 @@
 #include <string.h>
 
 #include "_helpers.h"
-
-#if defined(_MSC_VER)
-#define PUBLIC __declspec(dllexport)
-#define PREFETCH(address) ((void)(address))
-#else
-#define PUBLIC
-#define PREFETCH(address) __builtin_prefetch(address)
-#endif
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
-#define WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDEST
-#endif
+#include "_portable.h"
 
 enum {
-    LINE = 64,
     TOGETHER = 1 << 16, /* bytes that a thread copies at once */
     MAGNITUDE = 0x7fffffff,
     SPARSE = 16 /* elements for one of those that the place of the median is guessed from */
@@ -48,7 +35,7 @@ PUBLIC void take_rows(const char *x, const int64_t *numbers, int64_t count, int6
     share_out(take_some, &r, (count + r.together - 1) / r.together, threads);
 }
 
-static inline double number(int32_t bits) {
+INLINE double number(int32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return (double)x;

@@ -1,8 +1,7 @@
 /* Sums over numbers in memory, one pass each: what host_sums asks where this could be compiled.
  *
- * Every element is widened to double, which is exact, and every sum runs in double. A loop that reads, widens and adds
- * is limited by memory: a statistic more costs next to nothing, and asking for memory ahead of the loop saves a third
- * of the time. Long vectors are shared among threads; the pieces depend on the length alone, so a sum is the same on any
+ * Every element is widened to double, which is exact, and every sum runs in double. Asking for memory ahead of the loop
+ * saves a third of the time where it lies beyond the caches. Long vectors are shared among threads; the pieces depend on the length alone, so a sum is the same on any
  * number of them. No function looks at Python, and none changes the floating-point environment (no -ffast-math, which
  * would flush the caller's subnormal numbers).
  */
@@ -10,29 +9,11 @@
 #include <string.h>
 
 #include "_helpers.h"
-
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
-/* The widest vectors that the machine has, chosen when the library is loaded. */
-#define WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDEST
-#endif
-
-#if defined(_MSC_VER)
-#define restrict __restrict
-#define INLINE static __forceinline
-#define PUBLIC __declspec(dllexport)
-#define PREFETCH(address) ((void)(address))
-#else
-#define INLINE static inline __attribute__((always_inline))
-#define PUBLIC
-#define PREFETCH(address) __builtin_prefetch(address) /* of an address that may lie behind the end: it cannot fail */
-#endif
+#include "_portable.h"
 
 enum {
     BLOCK = 256,      /* elements summed at once; as many bytes are asked for, AHEAD of them */
     AHEAD = 8192,
-    LINE = 64,
     SHARED = 1 << 15, /* elements from which on waking the other threads pays */
     PIECE = 1 << 14,  /* elements that a thread takes at once, more where a vector would be more than PIECES of them */
     PIECES = 64,

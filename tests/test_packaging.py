@@ -105,7 +105,7 @@ def test_metadata_names_the_distribution_licence_and_command(built):
 def test_sdist_holds_the_sources_where_they_stand_in_the_checkout(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"pyproject.toml", "setup.py", "gradflow/_sums.c", "gradflow/_samples.c", "gradflow/_helpers.c", "gradflow/_helpers.h", "gradflow/_lanes.h", "README.md", "LICENSE", "callbacks/lightning.py", "gradflow/report/templates/report.html"} <= names
+    assert {"pyproject.toml", "setup.py", "gradflow/_sums.c", "gradflow/_samples.c", "gradflow/_helpers.c", "gradflow/_helpers.h", "gradflow/_lanes.h", "gradflow/_portable.h", "README.md", "LICENSE", "callbacks/lightning.py", "gradflow/report/templates/report.html"} <= names
     assert not any(name.startswith("gradflow/callbacks/") for name in names)
 
 
