@@ -1,7 +1,7 @@
-"""The sums of `_sums.c`, if they could be compiled where gradflow was installed; they need no compiler to run.
+"""The functions of `_sums.c` and `_samples.c`, if they could be compiled where gradflow was installed.
 
-They read a tensor once, on as many threads as PyTorch's operations use, widen every element to float64, which is exact,
-and do not hold the interpreter's lock.
+They need no compiler to run, read a tensor once, on as many threads as PyTorch's operations use, widen every element to
+float64, which is exact, and do not hold the interpreter's lock.
 """
 
 from __future__ import annotations

@@ -177,6 +177,12 @@ def test_what_runs_alone_uses_one_thread_and_nobody_else_notices():
         torch.set_num_threads(before)
 
 
+def test_library_that_was_built_from_other_sources_is_not_called(monkeypatch):
+    assert compiled._load()[0].keys() == compiled.SUMS.keys()
+    monkeypatch.setattr(compiled, "_EDITION", compiled._EDITION + 1)
+    assert compiled._load() == ({}, None)
+
+
 HELP = """
 import os, signal, sys, threading, time
 import torch
