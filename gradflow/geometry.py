@@ -39,13 +39,13 @@ def sample_rows(x: Tensor, channel_dim: int, rows: int) -> Tensor | None:
     """
     if x.numel() == 0 or x.dim() == 0:
         return None
-    x = x.detach()
     if compiled.SAMPLES and channel_dim % x.dim() == x.dim() - 1 and compiled.sums(x):
         width = x.shape[-1]
         sequences = x.shape[0] if x.dim() > 2 else 1
         places, shape = _places(sequences, x.numel() // (sequences * width), rows)
         room = torch.empty((*shape, width), dtype=x.dtype, device="cpu")
         return statistics.wide(compiled.SAMPLES.take(x, places, room))
+    x = x.detach()
     if x.dim() <= 2:
         x = x.reshape(1, -1, x.shape[-1])
     else:
