@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,9 @@ def _generator_and_critic(model):
 def _low_rank():
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(hub("qwen2"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks by the old name
+        return get_peft_model(hub("qwen2"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
 
 
 def _probe():
