@@ -41,7 +41,7 @@ static struct helper {
     atomic_bool asleep;
 } helpers[MOST];
 static int hired;               /* changed by who holds `taken` */
-static bool refused, registered; /* no more threads can be started; children forget them */
+static bool refused, registered; /* no more threads can be started; children forget those that were */
 static atomic_flag taken = ATOMIC_FLAG_INIT;
 
 static struct {
@@ -131,23 +131,21 @@ static int processors(void) {
     return MOST + 1;
 }
 
-/* Starts helpers up to a number; gives how many there are. They take no signals from the program. */
-static int hire(int wanted) {
-    if (hired >= wanted || refused) return hired < wanted ? hired : wanted;
-    int most = processors() - 1 < MOST ? processors() - 1 : MOST;
+/* Starts helpers up to a number, where there are processors for them. They take no signals from the program. */
+static void hire(int wanted) {
+    int most = processors() - 1;
     sigset_t all, before;
     sigfillset(&all);
     if (!registered) registered = pthread_atfork(NULL, NULL, forget) == 0;
-    refused = !registered;
+    if (!registered || hired >= most) return;
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (hired < wanted && hired < most && !refused) {
+    while (hired < wanted && hired < most) {
         struct helper *helper = &helpers[hired];
         pthread_mutex_init(&helper->mutex, NULL);
         pthread_cond_init(&helper->bell, NULL);
         atomic_store(&helper->rung, 0);
         atomic_store(&helper->asleep, false);
-        refused = pthread_create(&helper->thread, NULL, help, helper) != 0;
-        if (refused) break;
+        if ((refused = pthread_create(&helper->thread, NULL, help, helper) != 0)) break;
         pthread_detach(helper->thread);
 #if defined(__linux__)
         pthread_setname_np(helper->thread, "gradflow");
@@ -155,7 +153,6 @@ static int hire(int wanted) {
         hired++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return hired < wanted ? hired : wanted;
 }
 
 void share_out(piece_function *work, void *context, int64_t pieces, int64_t threads) {
@@ -164,7 +161,9 @@ void share_out(piece_function *work, void *context, int64_t pieces, int64_t thre
         for (int64_t piece = 0; piece < pieces; piece++) work(context, piece);
         return;
     }
-    job.work = work, job.context = context, job.pieces = pieces, job.helpers = hire((int)(useful - 1 < MOST ? useful - 1 : MOST));
+    int wanted = (int)(useful - 1 < MOST ? useful - 1 : MOST);
+    if (hired < wanted && !refused) hire(wanted);
+    job.work = work, job.context = context, job.pieces = pieces, job.helpers = hired < wanted ? hired : wanted;
     atomic_store(&claimed, 0);
     atomic_store(&gate, OPEN);
     if (job.helpers) ring(0);

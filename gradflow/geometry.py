@@ -80,15 +80,15 @@ def has_tokens(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 3
 
 
-def figures(samples: Sequence[Tensor]) -> dict[str, list[Number]]:
-    """`kurtosis`, `max_over_median` and `token_cosine` of each of several samples of one shape and dtype, by name."""
-    names = ("kurtosis", "max_over_median", "token_cosine")
+def figures(samples: Sequence[Tensor], *, tokens: bool = True) -> dict[str, list[Number]]:
+    """`kurtosis`, `max_over_median` and, of `tokens`, `token_cosine` of several samples of one shape and dtype."""
+    functions = [kurtosis, max_over_median, token_cosine][: 3 if tokens else 2]
+    names = [function.__name__ for function in functions]
     if compiled.SAMPLES and samples[0].dtype == torch.float32 and all(compiled.sums(sample) for sample in samples):
         rows = compiled.SAMPLES.figures(samples)
-        return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
-    rows_of_all = torch.stack(list(samples))
-    columns = (function(rows_of_all) for function in (kurtosis, max_over_median, token_cosine))
-    return {name: statistics.numbers(column) for name, column in zip(names, columns, strict=True)}
+        return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    together = torch.stack(list(samples))
+    return {name: statistics.numbers(function(together)) for name, function in zip(names, functions, strict=True)}
 
 
 def token_cosine(rows: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
-"""Sums over a tensor in a CPU's memory: one pass over memory, on the thread that asks.
+"""Sums over a tensor in a CPU's memory: one pass over memory.
 
 The functions of `compiled` do it where they could be built, numpy elsewhere. Its float32 dot product runs over `ROW`
 elements and goes on in float64, values other than float32 and float64 are widened piece by piece, and a piece, which
 stays in a second-level cache, is asked everything that is wanted before the next one is read.
 
-These statistics are limited by memory, and stay on one thread on purpose. PyTorch gives every operation of more than
-32,768 elements to its thread pool, and waking a pool for a piece takes longer than reading it (80 µs against 10 µs on
-two cores).
+What numpy reads stays on the thread that asks, on purpose. PyTorch gives every operation of more than 32,768 elements
+to its thread pool, and waking a pool for a piece takes longer than reading it (80 µs against 10 µs on two cores).
 """
 
 from __future__ import annotations

@@ -75,19 +75,11 @@ def measure(x: Tensor, wanted: Collection[str]) -> dict[str, Number]:
     (elements that are exactly zero, of either sign) and `nonfinite` (NaN and infinite). Others may come along.
     """
     if sums := compiled.sums(x):
-        return _named(x, sums.measure(x), wanted)
+        return _completed(x, x, wanted, dict(zip(compiled.NAMES, sums.measure(x), strict=True)))
     flat = _readable(x)
     if flat.device.type == "cpu":
         return _completed(x, flat, wanted, host_sums.measure(flat, _summed(wanted)))
     return _completed(x, flat, wanted, device_sums.measure(flat, [*wanted]))
-
-
-def _named(x: Tensor, figures: tuple[float, ...], wanted: Collection[str]) -> dict[str, Number]:
-    """What the compiled functions found in a tensor."""
-    found: dict[str, Number] = dict(zip(compiled.NAMES, figures, strict=True))
-    if "nonfinite" in wanted:
-        found["nonfinite"] = count_nonfinite(x, found["largest"])
-    return found
 
 
 def _summed(wanted: Collection[str]) -> list[str]:
@@ -147,7 +139,7 @@ def measure_each(tensors: Sequence[Tensor], wanted: Collection[str]) -> list[dic
     found: dict[int, dict[str, Number]] = {}
     for sums, places in compiled.together(tensors):
         for i, figures in zip(places, sums.measure_each([tensors[i] for i in places]), strict=True):
-            found[i] = _named(tensors[i], figures, wanted)
+            found[i] = _completed(tensors[i], tensors[i], wanted, dict(zip(compiled.NAMES, figures, strict=True)))
     together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
         if i in found:

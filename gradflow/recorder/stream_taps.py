@@ -139,9 +139,7 @@ class StreamTaps:
         for group in groups.values():
             names = [name for name, _, _ in group]
             samples = [sample for _, sample, _ in group]
-            figures = geometry.figures(samples)
-            if not group[0][2]:
-                del figures["token_cosine"]
+            figures = geometry.figures(samples, tokens=group[0][2])
             for i, name in enumerate(names):
                 self._buffer.put("streams", name, {column: values[i] for column, values in figures.items()})
             self._buffer.put_grams("streams", names, "effective_rank", geometry.gram(_rank_rows(samples)))
